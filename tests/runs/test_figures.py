@@ -1,6 +1,7 @@
 import json
 import math
 import random
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,6 +24,7 @@ from quartet.runs.figures import (
     frontier,
     lines,
     overoptimised,
+    score_histogram,
     smoothed,
     thinned,
 )
@@ -110,16 +112,55 @@ def test_figures_are_plain_json_and_plotly_objects(ppo_run):
     assert figure(ppo_run, "reward").data and figure(ppo_run, "phases").data
 
 
+def test_a_win_rate_is_drawn_at_the_kl_of_the_policy_that_it_is_of(ppo_run):
+    """It is measured after a step's update, and the rollouts of the next step are of that policy."""
+    ppo, spec = ppo_run.series["ppo"], frontier(ppo_run)
+    at = {line["name"]: line for line in spec["data"] if "name" in line}
+    distance = dict(zip(at["reward"]["customdata"], at["reward"]["x"], strict=True))
+    rates = at["win rate"]
+    assert len(set(rates["x"])) > 1
+    for step, x in zip(rates["customdata"], rates["x"], strict=True):
+        assert x == distance[min(step + 1, ppo.steps[-1])]
+
+
+def test_the_frontier_names_its_first_and_last_step(ppo_run):
+    [named] = [line for line in frontier(ppo_run)["data"] if "text" in line]
+    steps = ppo_run.series["ppo"].steps
+    assert [t for t in named["text"] if t] == [f"step {steps[0]}", f"step {steps[-1]}"]
+
+
+def test_both_histograms_of_scores_have_the_same_bins():
+    pairs = [{"chosen_score": float(i), "rejected_score": i / 9} for i in range(9)]
+    groups = [trace["bingroup"] for trace in score_histogram(pairs)["data"]]
+    assert groups[0] and groups[0] == groups[1]
+
+
+def test_an_axis_shows_small_shares_from_0_and_ratios_by_their_logarithm(ppo_run):
+    axis = lines(ppo_run, "ppo", "Clip", ["policy/clip_fraction"], percent=True)["layout"]["yaxis"]
+    assert axis["rangemode"] == "tozero" and "maxallowed" not in axis["autorangeoptions"]
+    assert lines(ppo_run, "ppo", "C", ["kl/coef"])["layout"]["yaxis"]["rangemode"] == "tozero"
+    assert (
+        lines(ppo_run, "ppo", "R", ["ratio/max", "ratio/min"])["layout"]["yaxis"]["type"] == "log"
+    )
+    assert "type" not in lines(ppo_run, "ppo", "KL", ["kl"])["layout"]["yaxis"]
+
+
+def test_a_warning_on_the_axis_has_its_sentence_as_text(ppo_run, monkeypatch):
+    warning = {"stage": "ppo", "step": 2, "sentence": "a <b>bold</b> one & more " * 5}
+    monkeypatch.setattr(type(ppo_run), "warnings", [warning])
+    [mark] = lines(ppo_run, "ppo", "KL", ["kl"])["layout"]["annotations"]
+    assert mark["hovertext"].startswith("step 2: a &lt;b>bold&lt;/b> one &amp; more a")
+    assert set(re.findall("<[^>]*>", mark["hovertext"])) == {"<br>"}
+
+
 def test_each_metric_of_rl_is_in_a_chart(ppo_run):
     drawn = {name for _, names in charts(ppo_run.series["ppo"]) for name in names}
     left = set(ppo_run.series["ppo"].columns) - drawn
     said_in_words_or_always_zero = {
         "responses",
         "reward/model",
-        "reward/std",
         "reward/unscored",
         "reward/clipped",
-        "reward/length_correlation",
     }
     said_in_words_or_always_zero |= {
         "advantage/std",

@@ -27,10 +27,11 @@ CHARTS = (
     Chart("KL to the reference, nats", ("kl",)),
     Chart("Pair accuracy", ("accuracy", "held_out/accuracy"), percent=True),
     Chart("Response length, tokens", ("response/tokens",)),
+    Chart("Correlation of reward and length", ("reward/length_correlation",)),
     Chart("Tokens of continuations", ("continuations/tokens",)),
     Chart("Turns", ("response/turns",)),
     Chart(
-        "Ended, repetition, distinct, most common",
+        "Shares of responses: ended, repetitive, distinct",
         ("response/ended", "response/repetition", "response/distinct", "response/most_common"),
         percent=True,
     ),
@@ -46,6 +47,8 @@ CHARTS = (
     Chart("Value and return", ("value/mean", "q/mean", "return/mean")),
     Chart("Advantage before whitening", ("advantage/raw_mean", "advantage/raw_std")),
     Chart("Rewards", ("reward/*",)),
+    Chart("Spread of reward", ("reward/std",)),
+    Chart("Scores missing or clipped", ("reward/unscored", "reward/clipped"), percent=True),
     Chart("Loss", ("loss", "held_out/loss")),
     Chart("Margin", ("margin",)),
     Chart("Log-probabilities", ("logprobs/*",)),
@@ -88,6 +91,10 @@ APART = {
 """Metrics that match `reward/*` and are not components of the reward."""
 
 
+ONLY_ABOVE_0 = {"reward/unscored", "reward/clipped"}
+"""Metrics that are drawn only where they are above 0 at some step."""
+
+
 def charts(series: "Series", own: Sequence[Definition] = ()) -> list[tuple[Chart, list[str]]]:
     """Return the charts that a stage has something for, each with the names it draws; the last are
     those of the user's own metrics, and one for each metric that a reward function logs. A pattern
@@ -118,7 +125,11 @@ def own_charts(own: Sequence[Definition]) -> list[Chart]:
 
 def _matching(pattern: str, series: "Series") -> list[str]:
     if "*" not in pattern:
-        return [pattern] if pattern in series.columns else []
+        column = series.columns.get(pattern)
+        is_shown = column is not None and (
+            pattern not in ONLY_ABOVE_0 or any(x > 0 for x in column)
+        )
+        return [pattern] if is_shown else []
     matches = [
         name
         for name in sorted(series.columns)

@@ -5,6 +5,7 @@ text and background are left to the page.
 """
 
 import math
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 Spec = dict[str, Any]
 
+LOGARITHMIC = {"ratio/max", "ratio/min"}
+"""Metrics with a logarithmic axis: ratios of 2 and ½ are equally far from 1."""
 SCORES = {"reward": "reward", "gold": "reward/gold"}
 """The scores of a best-of-n curve, and the metrics that are the same."""
 WIN_RATE_AXIS = {
@@ -71,14 +74,26 @@ def lines(
         "layout": layout(title, ".0%" if percent else None, legend=len(names) > 1),
     }
     spec["layout"]["xaxis"] = _step_axis(series.steps)
-    if percent and all(0 <= v <= 1 for name in names for _, v in _points(series, name)):
-        spec["layout"]["yaxis"]["autorangeoptions"] = {"minallowed": -0.02, "maxallowed": 1.02}
+    drawn = [v for name in names for _, v in _points(series, name)]
+    spec["layout"]["yaxis"] |= _value_range(drawn, percent)
+    if set(names) <= LOGARITHMIC:
+        spec["layout"]["yaxis"] |= {"type": "log", "tickformat": "~g"}
     target = run.config.get("algorithm", {}).get("kl", {}).get("controller", {}).get("target")
     if names[0] == "kl" and target:
         spec["layout"]["shapes"] = [_horizontal(target)]
-    marks = sorted({w["step"] for w in run.warnings if w.get("stage") == stage})
-    spec["layout"]["annotations"] = [_warning_mark(step) for step in marks]
+    spec["layout"]["annotations"] = _warning_marks(run, stage)
     return spec
+
+
+def _value_range(values: Sequence[float], percent: bool) -> Spec:
+    """Return what the axis of values needs. Shares are drawn from 0, so that a small share looks
+    small, and not beyond 1. A constant is drawn from 0 too: Plotly would show it ± 1."""
+    if percent and all(0 <= v <= 1 for v in values):
+        return {
+            "rangemode": "tozero",
+            "autorangeoptions": {"clipmin": -0.02, "clipmax": 1.02},
+        }
+    return {"rangemode": "tozero"} if len(set(values)) == 1 else {}
 
 
 def can_smooth(series: "Series", names: Sequence[str], own: Sequence[Definition] = ()) -> bool:
@@ -130,6 +145,9 @@ def frontier(run: "Run", stage: str | None = None) -> Spec:
     for name, color in zip(SCORES.values(), COLORS, strict=False):
         if name in series.columns:
             data.append(_scores_line(series, name, distance, color))
+    line = next((line for line in data if len(line.get("customdata", ())) > 1), None)
+    if line is not None:
+        line |= _ends(line["customdata"])
     if "policy/win_rate" in series.columns:
         data.append(_win_rates(series, distance))
         look["yaxis2"] = axis("win rate on held-out prompts") | WIN_RATE_AXIS
@@ -180,8 +198,17 @@ def _scores_line(series: "Series", name: str, distance: Sequence[float], color: 
     return _line(distance[every], _course(series, name)[every], color, more)
 
 
+def _ends(steps: Sequence[int]) -> Spec:
+    """Return what names the first and the last step of a line, which say which way it goes."""
+    texts = [f"step {steps[0]}", *[""] * (len(steps) - 2), f"step {steps[-1]}"]
+    return {"mode": "lines+markers+text", "text": texts, "textposition": "top center"}
+
+
 def _win_rates(series: "Series", distance: Sequence[float]) -> Spec:
-    """Return the win rates against the initial policy on held-out prompts as points."""
+    """Return the win rates against the initial policy on held-out prompts as points. A step's win
+    rate is measured after its update, its KL on rollouts sampled before it: the policy that the win
+    rate is of has the KL of the next step. After the last step there is none, and the last KL
+    stands in for it."""
     places = [i for i, rate in enumerate(series.columns["policy/win_rate"]) if not math.isnan(rate)]
     label = definition("policy/win_rate").label
     more = {
@@ -190,12 +217,13 @@ def _win_rates(series: "Series", distance: Sequence[float]) -> Spec:
         "yaxis": "y2",
         "marker": {"size": 9, "symbol": "diamond", "color": COLORS[2]},
         "customdata": [series.steps[i] for i in places],
-        "hovertemplate": "step %{customdata}: wins %{y:.0%} at √KL %{x:.3g}<extra>"
+        "cliponaxis": False,  # a marker at 0 % or 100 % is drawn whole
+        "hovertemplate": "after step %{customdata}: wins %{y:.0%} at √KL %{x:.3g}<extra>"
         + label
         + "</extra>",
     }
     return _line(
-        [distance[i] for i in places],
+        [distance[min(i + 1, len(distance) - 1)] for i in places],
         [series.columns["policy/win_rate"][i] for i in places],
         COLORS[2],
         more,
@@ -255,6 +283,7 @@ def score_histogram(pairs: Sequence[Mapping[str, Any]]) -> Spec:
     data: list[Spec] = [
         {
             "type": "histogram",
+            "bingroup": "scores",  # both in the same bins, or their heights could not be compared
             "x": [p[f"{side}_score"] for p in pairs],
             "name": side,
             "opacity": 0.6,
@@ -396,9 +425,27 @@ def _step_axis(steps: Sequence[int]) -> Spec:
     return axis("step") | ({"dtick": 1} if few else {"tickformat": ",d"})
 
 
-def _warning_mark(step: int) -> Spec:
-    mark = {"text": "▲", "showarrow": False, "font": {"color": COLORS[1]}}
-    return {"x": step, "y": 0, "yref": "paper", "hovertext": f"warning at step {step}", **mark}
+def _warning_marks(run: "Run", stage: str) -> list[Spec]:
+    """Return a ▲ for each step with a warning, with the sentences of its warnings."""
+    sentences: dict[int, list[str]] = {}
+    for warning in run.warnings:
+        if warning.get("stage") == stage:
+            sentences.setdefault(warning["step"], []).append(warning["sentence"])
+    mark = {"text": "▲", "showarrow": False, "font": {"color": COLORS[1]}, "y": 0, "yref": "paper"}
+    return [
+        mark | {"x": step, "hovertext": f"step {step}: {_hover_text(' '.join(sentences[step]))}"}
+        for step in sorted(sentences)
+    ]
+
+
+HOVER_WIDTH = 60
+"""The most characters of a line of a hover label."""
+
+
+def _hover_text(text: str) -> str:
+    """Return a text for a hover label: in lines, and without tags, which Plotly would read."""
+    lines = textwrap.wrap(text[: 10 * HOVER_WIDTH], HOVER_WIDTH)
+    return "<br>".join(line.replace("&", "&amp;").replace("<", "&lt;") for line in lines)
 
 
 def _line(x: Sequence[Any], y: Sequence[Any], color: str, more: Mapping[str, Any]) -> Spec:

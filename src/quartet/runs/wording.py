@@ -1,7 +1,7 @@
 """The numbers of a run in words: those that a stage wrote when it finished."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from quartet.runs.definitions import definition, sentence
@@ -15,6 +15,8 @@ MEASURES = {
     "response/distinct": "answers unlike any other",
 }
 """The measures of an evaluation, before and after: labels by name, in the order of a table."""
+EMPTY = "(empty)"
+"""Stands for a text without a visible character."""
 SUMMARIES = {
     "ceiling": "The best possible accuracy, by the gold reward, is {}.",
     "centre": "The mean score, which was subtracted from all scores, is {}.",
@@ -46,6 +48,26 @@ def number(value: Any, digits: int = 3) -> str:
         else f"{value:.2e}"
     )
     return text.replace("-", "−")
+
+
+def aligned(values: Sequence[Any]) -> list[str]:
+    """Return numbers that stand together as text, with the decimals that give the largest three
+    digits: 0.00937 and 1.54 are 0.01 and 1.54. Beyond 0.001 to 10⁶ each is written alone."""
+    sizes = [
+        abs(v)
+        for v in values
+        if isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v)
+    ]
+    largest = max(sizes, default=0.0)
+    if not 0.001 <= largest < 1e6 or all(isinstance(v, int) or v is None for v in values):
+        return [number(v) for v in values]
+    decimals = max(0, 2 - math.floor(math.log10(largest)))
+    return [
+        f"{v:z,.{decimals}f}".replace("-", "−")
+        if isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v)
+        else number(v)
+        for v in values
+    ]
 
 
 def stage_summary(summary: Mapping[str, Any] | None) -> list[str]:
