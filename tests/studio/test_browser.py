@@ -276,6 +276,44 @@ def test_a_run_that_is_going_grows_on_the_page(page, live):
     until(page, f"{drawn} > {before}")
 
 
+@pytest.mark.slow
+def test_a_page_follows_its_run_to_the_next_stage(page, live):
+    """Warnings, stages and numbers come without a reload; a tick in the list of runs stays."""
+    young = live[1] / "young"
+    young.mkdir()
+
+    def write(*events):
+        with (young / "events.jsonl").open("a") as file:
+            for event in events:
+                file.write(json.dumps({"time": time.time(), **event}) + "\n")
+
+    def step(stage, number, **metrics):
+        return {"event": "metrics", "stage": stage, "step": number, "metrics": metrics}
+
+    try:
+        write({"event": "started"}, step("sft", 1, loss=2.0))
+        page.goto("/run/young/")
+        assert page.locator(".stages [aria-current]").inner_text() == "sft 1 step"
+        other = page.context.new_page()
+        other.goto("/")
+        other.locator("input[value=young]").check()
+        sentence = "a <b> is wrong"
+        warning = {"event": "warning", "stage": "ppo", "step": 2, "rule": "x", "sentence": sentence}
+        write(step("ppo", 1, reward=0.0, kl=0.0), step("ppo", 2, reward=1.0, kl=0.5), warning)
+        until(page, "document.querySelector('.stages [aria-current]').textContent.includes('ppo')")
+        assert sentence in page.locator(".warnings").inner_text()
+        assert "from 0.00" in page.locator("#numbers").inner_text()
+        until(page, "document.querySelectorAll('#charts .js-plotly-plot').length === 2")
+        until(other, "document.querySelector('#runs').textContent.includes('ppo, step 2')")
+        assert other.locator("input[value=young]").is_checked()
+        other.close()
+        write({"event": "done"})
+        until(page, "document.getElementById('status').textContent === 'done'")
+        assert not page.evaluate("document.body.dataset.every")
+    finally:
+        shutil.rmtree(young)
+
+
 def test_a_point_leads_to_its_rollouts(page, live):
     page.goto(f"/run/{name_of(live, 'reviews')}/?stage=ppo")
     until(page, "document.querySelectorAll('#charts .js-plotly-plot').length > 3")

@@ -1,6 +1,7 @@
 """Pages over HTTP: what they hold, what is escaped, what is refused."""
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -16,10 +17,12 @@ from quartet.runs.charts import CHARTS
 from quartet.runs.definitions import definition
 from quartet.runs.reader import Run
 from quartet.runs.rules import RULES
-from quartet.runs.wording import number, stage_summary
+from quartet.runs.wording import aligned, number, stage_summary
 from quartet.studio import views
 from quartet.studio.app import make_app
+from quartet.studio.rendering import breakable, templates
 from quartet.studio.report import report
+from quartet.studio.views import visible
 from tests.support.audits import made_audit, write_audit
 from tests.support.tiny_run import copied, put_words_into_its_mouth
 
@@ -76,8 +79,8 @@ def test_the_table_of_an_evaluation_has_gold_once_and_shares_in_percent():
         {"before": before | {"gold": 2.0}, "after": before | {"gold": 3.0}}
     )
     assert rows == [
-        ("reward (what was trained on)", "1", "1"),
-        ("gold reward (what was meant)", "2", "3"),
+        ("reward (what was trained on)", "1.00", "1.00"),
+        ("gold reward (what was meant)", "2.00", "3.00"),
         ("answers that end", "50.0 %", "50.0 %"),
     ]
     two = {"reward": 1.0, "reward/model": 2.0, "reward/brevity": -1.0, "response/turns": 2.0}
@@ -122,7 +125,7 @@ def test_the_list_and_the_comparison(client, ppo_run, grpo_run):
     listed = client.get("/").text
     assert ppo_run.name in listed and grpo_run.name in listed
     compared = client.get(f"/compare?run={ppo_run.name}&run={grpo_run.name}").text
-    assert "<code>data.world</code>" in compared and "advantage" in compared
+    assert "<code>data.<wbr>world</code>" in compared and "advantage" in compared
 
 
 def test_the_numbers_of_a_token_are_those_of_its_row(client, ppo_run):
@@ -367,6 +370,64 @@ def test_configs_differ_by_key():
         [{"a": {"b": 1, "c": 2}, "r": [{"t": "x"}]}, {"a": {"b": 1, "c": 3}, "r": [{"t": "y"}]}]
     )
     assert rows == [("a.c", ["2", "3"]), ("r.0.t", ["x", "y"])]
+
+
+def test_a_table_that_a_config_does_not_have_is_one_row_of_the_comparison():
+    sft = {"lr": 1, "steps": 2, "loss": {"type": "x"}}
+    with_it, without = {"recipe": ["sft", "ppo"], "sft": sft}, {"recipe": ["ppo"]}
+    assert views.differences([with_it, without, with_it]) == [
+        ("recipe", ["sft, ppo", "ppo", "sft, ppo"]),
+        ("sft.*", ["3 settings", "–", "3 settings"]),
+    ]
+    longer = with_it | {"sft": sft | {"steps": 9}}
+    keys = [key for key, _ in views.differences([with_it, without, longer])]
+    assert keys == ["recipe", "sft.loss.type", "sft.lr", "sft.steps"]
+
+
+def test_numbers_that_stand_together_have_the_same_decimals():
+    assert aligned([0.00937, 1.54]) == ["0.01", "1.54"]
+    assert aligned([-0.001, 12.34, None, math.nan]) == ["0.0", "12.3", "–", "–"]
+    assert aligned([3, 1200]) == ["3", "1,200"] and aligned([2e-7, 0.0]) == ["2e−07", "0"]
+
+
+def test_a_response_without_a_visible_character_is_said_to_be_empty():
+    assert visible(" \n") == "(empty)" and visible(" a") == " a"
+    template = "{{ text | shortened }}"
+    assert templates().from_string(template).render(text="") == "(empty)"
+
+
+def test_one_token_is_not_compared_as_a_whole_response(ppo_run):
+    rows = {name: list(column) for name, column in ppo_run.sample(5, 2).items()}
+    first = rows["is_response"].index(True)
+    rows["is_response"] = [i == first for i in range(len(rows["is_response"]))]
+    rows["advantage"] = [v if i == first else None for i, v in enumerate(rows["advantage"])]
+    text = " ".join(views.glance(rows))
+    assert "Every token" not in text and "1 tokens" not in text
+    second = first + 1
+    rows["is_response"][second], rows["advantage"][second] = True, rows["advantage"][first]
+    assert "Every token has the advantage" in views.glance(rows)[-1]
+    assert "whole responses" not in views.glance(rows)[-1]
+
+
+def test_the_numbers_of_a_run_have_units_and_say_where_they_began(ppo_run):
+    numbers = {label: (now, first) for label, now, first in views.headline(ppo_run)}
+    series = ppo_run.series[ppo_run.rl_stage]
+    assert {"KL, nats", "response length, tokens"} <= numbers.keys()
+    first = float(numbers["reward"][1].replace("−", "-"))
+    assert first == pytest.approx(series.columns["reward"][0], abs=0.01)
+
+
+def test_the_reason_of_a_failed_run_is_on_its_first_page(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "events.jsonl").write_text('{"event": "failed", "time": 1.0, "error": "no <b>"}\n')
+    client = TestClient(make_app([tmp_path]), base_url="http://127.0.0.1:8700")
+    page = client.get("/run/run/").text
+    assert "The run failed: no &lt;b&gt;" in page
+
+
+def test_a_setting_breaks_at_its_dots_and_is_escaped():
+    assert breakable("a.b_c") == "a.<wbr>b_<wbr>c" and "<b>" not in breakable("<b>.c")
 
 
 def test_the_results_of_an_evaluation_are_on_a_page_and_in_the_report(tmp_path):

@@ -23,6 +23,7 @@ from quartet.models.language_model import (
 )
 from quartet.models.precision import compute_in, dtype_of
 from quartet.models.support import limit_support
+from quartet.runs.wording import EMPTY
 
 HELP = """/compare  turn the answers from before RL on or off
 /new      forget the conversation
@@ -122,12 +123,14 @@ class ChatSession:
         if self.compare and self.before is not None:
             console.print(
                 Text("before ", style="dim").append(
-                    self._reply(self.before, prompt), style="default"
+                    self._reply(self.before, prompt) or EMPTY, style="default"
                 )
             )
         reply = self._reply(self.after, prompt)
         console.print(
-            Text("after  " if self.compare else "", style="green").append(reply, style="default")
+            Text("after  " if self.compare else "", style="green").append(
+                reply or EMPTY, style="default"
+            )
         )
         self.messages = [*self.messages, {"role": "assistant", "content": reply}]
 

@@ -207,7 +207,7 @@ def compare(
     if len(folders) < 2:
         refuse("compare needs two runs or more.")
     opened = [_run(folder) for folder in folders]
-    results = [dict(headline(run)) for run in opened]
+    results = [{label: value for label, value, _ in headline(run)} for run in opened]
     labels = dict.fromkeys(label for result in results for label in result)
     names = [run.name for run in opened]
     rows = [(label, [result.get(label, "–") for result in results]) for label in labels]

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from quartet.io.activity import Activity, activities, activity
-from quartet.runs.wording import MEASURES
+from quartet.runs.wording import EMPTY, MEASURES
 from quartet.runtime.interruption import GRACE_SECONDS
 from quartet.stages.kinds import kind_of
 
@@ -310,4 +310,6 @@ def sample_lines(samples: Sequence[Mapping[str, str]], count: int = 3) -> list[T
 def _one_line(text: str, limit: int = 200) -> str:
     """Return a model's text on one line of at most `limit` characters, all of them printable."""
     clean = "".join(c if c.isprintable() else " " for c in " ".join(text.split()))
+    if not clean.strip():
+        return EMPTY
     return clean if len(clean) <= limit else clean[: limit - 1] + "…"

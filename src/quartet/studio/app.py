@@ -24,7 +24,7 @@ from quartet.runs.critic_audits import (
 )
 from quartet.runs.critic_figures import audit_figures
 from quartet.runs.definitions import definition
-from quartet.runs.doctor import diagnose
+from quartet.runs.doctor import diagnose, why
 from quartet.runs.evaluations import evaluation_tables, evaluations, kl_frontier
 from quartet.runs.label_tables import labelled_run
 from quartet.runs.reader import DamagedRun, NoRun, Run
@@ -120,23 +120,11 @@ class Pages:
             stage=stage,
             charts=views.overview(run, stage) if stage else [],
             numbers=views.headline(run),
+            failure=views.failure(run),
             summary=stage_summary(run.summary(stage)) if stage else [],
             steps=run.steps(),
             page="overview",
         )
-
-    def overview_data(self, request: Request) -> dict[str, Any]:
-        run = self.run_of(request)
-        stage = request.query_params.get("stage") or run.main_stage or ""
-        if stage not in run.series:
-            raise NoRun(f"{run.name} has no stage {stage}.")
-        return {
-            "status": run.status,
-            "numbers": views.headline(run),
-            "charts": views.overview(run, stage),
-            "warnings": len(run.warnings),
-            "stages": list(run.series),
-        }
 
     def samples(self, request: Request) -> Response:
         run = self.run_of(request)
@@ -371,6 +359,7 @@ class Pages:
             findings=diagnosis.findings,
             checks=diagnosis.checks,
             rules=[rule.__name__ for rule in RULES],
+            why={rule.__name__: why(rule) for rule in RULES},
             label=lambda metric: definition(metric, run.definitions).label,
             page="doctor",
         )
@@ -399,7 +388,7 @@ class Pages:
             differences=views.differences([run.config for run in chosen])
             if len(chosen) > 1
             else [],
-            numbers=[dict(views.headline(run)) for run in chosen],
+            numbers=[{label: value for label, value, _ in views.headline(run)} for run in chosen],
             answers=same_prompts(chosen),
         )
 
@@ -427,7 +416,6 @@ def make_app(
         "/run/{name}/critic": pages.critic,
         "/run/{name}/doctor": pages.doctor,
         "/run/{name}/config": pages.config,
-        "/api/run/{name}/overview": pages.overview_data,
         "/api/run/{name}/sample": pages.sample_data,
         "/api/run/{name}/token": pages.token_history,
         "/plotly.js": plotly_js,

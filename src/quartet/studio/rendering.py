@@ -3,16 +3,27 @@
 import functools
 import importlib.util
 import json
+import re
 import shlex
 import time
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from quartet.runs.untrusted import finite
-from quartet.runs.wording import number
-from quartet.studio.views import score_parts, shortened
+from quartet.runs.wording import aligned, number
+from quartet.studio.views import score_parts, visible
+
+STATUSES = {
+    "running": "The run wrote something in the last five minutes.",
+    "stopped": "The run has not ended, and has written nothing for five minutes.",
+    "interrupted": "The run was stopped and has saved a checkpoint; quartet run --resume goes on.",
+    "failed": "The run ended with an error.",
+    "done": "All stages are done.",
+}
+"""What each status of a run means."""
 
 
 @functools.cache
@@ -27,13 +38,23 @@ def templates() -> Environment:
     )
     environment.filters |= {
         "number": number,
+        "aligned": aligned,
+        "breakable": breakable,
+        "sentence": lambda text: text[:1].upper() + text[1:],
         "ago": ago,
-        "shortened": shortened,
+        "status_meaning": lambda status: STATUSES.get(status, ""),
+        "shortened": visible,
         "score_parts": score_parts,
         "typed": lambda path: shlex.quote(str(path)),
     }
     environment.policies["json.dumps_function"] = json_text
     return environment
+
+
+def breakable(name: str) -> Markup:
+    """Return the name of a setting as HTML, which a narrow column breaks at its dots and
+    underscores."""
+    return Markup("<wbr>").join(re.split(r"(?<=[._])", name))
 
 
 def json_text(value: Any, **more: Any) -> str:

@@ -160,16 +160,17 @@ def verdict(run: Run, findings: Sequence[Finding]) -> list[str]:
             )
     elif run.status != "done":
         sentences.append(f"The run is not complete: {run.status}.")
-    last = next((event for event in reversed(run.events) if event["event"] == "failed"), None)
-    if last:
-        sentences.append(f"It failed: {last['error']}")
+    if error := views.failure(run):
+        sentences.append(f"It failed: {error}")
     if findings:
+        first = findings[0]
+        place = f"the stage {first.stage.replace('_', ' ')}" if first.stage else "its folder"
         sentences.append(
-            f"The doctor has {len(findings)} finding{'s' * (len(findings) > 1)}; the most serious "
-            f"was first seen at step {findings[0].step}."
+            f"The doctor has {len(findings)} finding{'s' * (len(findings) > 1)} (below); the first "
+            f"is of step {first.step} of {place}."
         )
     else:
-        sentences.append("The doctor found nothing wrong.")
+        sentences.append("No rule of the doctor found a fault.")
     return sentences
 
 

@@ -1,5 +1,6 @@
 """What each page shows: from a run to plain values. No HTML here, and no web."""
 
+import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -10,7 +11,7 @@ from quartet.runs.charts import charts
 from quartet.runs.definitions import Definition, caption, definition
 from quartet.runs.figures import finite, lines, phases, smoothed
 from quartet.runs.reader import Run, Sample
-from quartet.runs.wording import MEASURES, number
+from quartet.runs.wording import EMPTY, MEASURES, aligned, number
 
 WORST_PAIRS = 12
 SAMPLES_SHOWN = 200
@@ -136,7 +137,13 @@ def unreadable_row(name: str, sentence: str) -> dict[str, Any]:
 
 
 def shortened(text: str, limit: int = TEXT_SHOWN) -> str:
+    """Return the first `limit` characters of a text, and how many it has if it has more."""
     return text if len(text) <= limit else f"{text[:limit]}… ({len(text):,} characters)"
+
+
+def visible(text: str) -> str:
+    """Return a prompt or response for a list: shortened, or "(empty)" where nothing would show."""
+    return shortened(text) if text.strip() else EMPTY
 
 
 HEADLINE = (
@@ -150,20 +157,36 @@ HEADLINE = (
 )
 
 
-def headline(run: Run) -> list[tuple[str, str]]:
-    """Return the last values of the main stage's most important metrics, and the win rate."""
+UNITS = {"kl": "nats", "response/tokens": "tokens"}
+
+
+def headline(run: Run) -> list[tuple[str, str, str]]:
+    """Return the most important metrics of the main stage and the win rate: label, last value (the
+    mean of five steps), and the value of the first step where there are several."""
     stage = run.main_stage
     numbers = []
     if stage is not None:
+        series = run.series[stage]
         for name in HEADLINE:
-            value = run.series[stage].last(name, 5)
+            value = series.last(name, 5)
             if value is not None and not (name in {"accuracy", "loss"} and run.rl_stage):
-                numbers.append((definition(name).label, number(value)))
+                label = definition(name).label
+                label = f"{label}, {UNITS[name]}" if name in UNITS else label
+                values = [v for v in series.columns[name] if not math.isnan(v)]
+                now, first = aligned([value, values[0]])
+                numbers.append((label, now, first if len(values) > 1 else ""))
     evaluation = run.evaluation
     if evaluation and evaluation.get("win_rate"):
         win = evaluation["win_rate"]
-        numbers.append((win_rate_label(evaluation), f"{win['mean']:.2f} ± {win['interval']:.2f}"))
+        interval = f"{win['mean']:.2f} ± {win['interval']:.2f}"
+        numbers.append((win_rate_label(evaluation), interval, ""))
     return numbers
+
+
+def failure(run: Run) -> str:
+    """Return the error of a run that failed; nothing of any other."""
+    last = run.events[-1] if run.events else {}
+    return str(last["error"]) if last.get("event") == "failed" else ""
 
 
 def win_rate_label(evaluation: Mapping[str, Any]) -> str:
@@ -181,23 +204,23 @@ def evaluation_rows(evaluation: Mapping[str, Any]) -> list[tuple[str, str, str]]
         repeated |= set(components)
     names = [name for name in MEASURES if name in before]
     names += [name for name in before if name not in MEASURES and name not in repeated]
+    texts = [measures(name, before.get(name), after.get(name)) for name in names]
     return [
-        (
-            MEASURES.get(name) or definition(name).label,
-            measure(name, before.get(name)),
-            measure(name, after.get(name)),
-        )
-        for name in names
+        (MEASURES.get(name) or definition(name).label, *pair)
+        for name, pair in zip(names, texts, strict=True)
     ]
 
 
 SHARES = {"response/ended", "response/repetition", "response/distinct", "response/most_common"}
 
 
-def measure(name: str, value: Any) -> str:
-    """Return a measure as text: in percent if it is a share."""
-    is_share = name in SHARES and isinstance(value, int | float)
-    return f"{100 * value:.1f} %" if is_share else number(value)
+def measures(name: str, before: Any, after: Any) -> tuple[str, str]:
+    """Return a measure of both sides as text: in percent if it is a share, and else with as many
+    decimals on either side."""
+    if name in SHARES and all(isinstance(value, int | float) for value in (before, after)):
+        return f"{100 * before:.1f} %", f"{100 * after:.1f} %"
+    texts = aligned([before, after])
+    return texts[0], texts[1]
 
 
 def score_parts(components: Mapping[str, float | None], score: float | None) -> dict[str, str]:
@@ -321,18 +344,17 @@ def glance(sample: Mapping[str, list[Any]]) -> list[str]:
         up, down = (sum(1 for a, _ in advantages if sign * a > 0) for sign in (1, -1))
         stopped = sum(1 for i in own if sample["clipped"][i])
         clip = f"; the clip stopped {stopped:,}" if stopped else "; none was clipped"
-        sentences.append(f"The update pushed {up:,} tokens up and {down:,} down{clip}.")
+        tokens = "token" if up == 1 else "tokens"
+        sentences.append(f"The update pushed {up:,} {tokens} up and {down:,} down{clip}.")
     if len({a for a, _ in advantages}) > 1:
         best, worst = max(advantages), min(advantages)
         sentences.append(
             f"“{_quoted(sample, best[1])}” has the largest advantage ({number(best[0])}), "
             f"“{_quoted(sample, worst[1])}” the smallest ({number(worst[0])})."
         )
-    elif advantages:
-        sentences.append(
-            f"Every token has the advantage {number(advantages[0][0])}, because whole responses "
-            "are compared."
-        )
+    elif len(advantages) > 1:
+        because = ", because whole responses are compared" if values[0] is None else ""
+        sentences.append(f"Every token has the advantage {number(advantages[0][0])}{because}.")
     return sentences
 
 
@@ -399,11 +421,42 @@ def pearson(x: Sequence[float], y: Sequence[float]) -> float | None:
 
 
 def differences(configs: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
-    """Return the keys in which configs differ, with the value in each config."""
+    """Return the keys in which configs differ, with the value in each config. A table that some
+    configs do not have, and that is the same in the others, is one row: its number of settings."""
     flat = [dict(_flat(config)) for config in configs]
     keys = sorted({key for table in flat for key in table})
-    rows = [(key, [str(table.get(key, "–")) for table in flat]) for key in keys]
-    return [(key, values) for key, values in rows if len(set(values)) > 1]
+    rows = [(key, [_setting(table.get(key, NOT_SET)) for table in flat]) for key in keys]
+    rows = [(key, values) for key, values in rows if len(set(values)) > 1]
+    result = []
+    for table, group in itertools.groupby(rows, key=lambda row: _absent_table(row[0], flat)):
+        of_table = list(group)
+        absent = {tuple(value == NOT_SET for value in values) for _, values in of_table}
+        if table and len(of_table) > 1 and len(absent) == 1 and _differ_by_absence(of_table):
+            count = f"{len(of_table)} settings"
+            row = [NOT_SET if is_absent else count for is_absent in absent.pop()]
+            result.append((f"{table}*", row))
+        else:
+            result += of_table
+    return result
+
+
+NOT_SET = "–"
+
+
+def _absent_table(key: str, flat: Sequence[Mapping[str, Any]]) -> str:
+    """Return the outermost table of a key that some config does not have, with a dot at its end."""
+    names = key.split(".")
+    tables = [".".join(names[:count]) + "." for count in range(1, len(names))]
+    return next((t for t in tables if not all(any(k.startswith(t) for k in c) for c in flat)), "")
+
+
+def _differ_by_absence(rows: Sequence[tuple[str, list[str]]]) -> bool:
+    """Whether the values that are set are the same in each row."""
+    return all(len(set(values) - {NOT_SET}) == 1 for _, values in rows)
+
+
+def _setting(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _flat(table: Any, prefix: str = "") -> list[tuple[str, Any]]:

@@ -1,5 +1,5 @@
 "use strict";
-// Draws the page's charts, follows a run that is still going, and leads from a point to its rollouts.
+// Draws the page's charts, again where live.js has fetched the page again, and leads from a point to its rollouts.
 (() => {
   const place = document.getElementById("charts");
   if (!place) return;
@@ -58,27 +58,9 @@
   draw(charts);
   addEventListener("themechange", () => draw(charts));
 
-  async function follow() {
-    const { run, stage } = place.dataset;
-    const answer = await fetch(`/api/run/${encodeURIComponent(run)}/overview?stage=${encodeURIComponent(stage)}`).catch(() => null);
-    if (answer?.ok) {
-      const now = await answer.json();
-      const status = document.getElementById("status");
-      status.textContent = now.status;
-      status.className = `status ${now.status}`;
-      charts = now.charts;
-      draw(charts);
-      const numbers = document.getElementById("numbers");
-      numbers.replaceChildren(...now.numbers.map(([label, value]) => {
-        const span = document.createElement("span");
-        const small = document.createElement("small");
-        small.textContent = label;
-        span.append(small, value);
-        return span;
-      }));
-      if (now.status !== "running") return;
-    }
-    setTimeout(follow, 2000);
-  }
-  if (place.dataset.status === "running") setTimeout(follow, 2000);
+  addEventListener("renewed", ({ detail: page }) => {
+    Object.assign(place.dataset, page.getElementById("charts").dataset); // another stage may have begun
+    charts = JSON.parse(page.getElementById("charts-data").textContent);
+    draw(charts);
+  });
 })();

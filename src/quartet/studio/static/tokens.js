@@ -118,7 +118,7 @@
     const pick = (name) => own.map((i) => view.numbers[name]?.[i] ?? null);
     const has = (name) => view.numbers[name]?.some((v) => v !== null);
     const text = own.map((i) => view.texts[i].replaceAll("&", "&amp;").replaceAll("<", "&lt;")); // Plotly reads tags
-    const line = (name, label, axis, color, more = {}) => ({ type: "scatter", mode: "lines", x: own, y: pick(name), text, name: label, yaxis: axis, line: { color, width: 1.6 }, hovertemplate: "%{text}: %{y:.3g}", ...more });
+    const line = (name, label, axis, color, more = {}) => ({ type: "scatter", mode: own.length > 1 ? "lines" : "markers", x: own, y: pick(name), text, name: label, yaxis: axis, line: { color, width: 1.6 }, hovertemplate: "%{text}: %{y:.3g}", ...more });
     const bars = (name, label, axis, color) => ({ type: "bar", x: own, y: pick(name), text, textposition: "none", name: label, yaxis: axis, marker: { color }, hovertemplate: "%{text}: %{y:.3g}" });
     const panels = [];
     if (has("value")) panels.push(["value", [line("value", "value", "", "#3b82f6"), line("return", "return", "", "#059669", { line: { color: "#059669", width: 1.6, dash: "dot" } })]]);
@@ -166,12 +166,12 @@
     const answer = await fetch(`/api/run/${encodeURIComponent(run)}/token?kind=${encodeURIComponent(kind)}&sample=${sample}&position=${i}`);
     if (!answer.ok || i !== chosen) return;
     const reply = await answer.json();
-    const color = getComputedStyle(document.body).color, grid = "rgba(128,128,128,0.18)";
+    const color = getComputedStyle(document.body).color, grid = "rgba(128,128,128,0.18)", zero = "rgba(128,128,128,0.5)";
     const line = (name, label, c, axis) => ({ type: "scatter", mode: "lines+markers", x: reply.step, y: reply[name].map((v) => (v === null ? null : name.endsWith("logprob") ? Math.exp(v) : v)), name: label, yaxis: axis, line: { color: c, width: 1.6 }, marker: { size: 4 } });
     const data = [line("logprob", "probability", "#3b82f6", "y"), line("ref_logprob", "reference", "#8a8f98", "y")];
     if (reply.value.some((v) => v !== null)) data.push(line("value", "value", "#059669", "y2"));
     data.push(line("advantage", "advantage", "#d97706", "y2"));
-    Plotly.react(plot, data, { height: 300, title: { text: "This token through training", x: 0.01, xanchor: "left", font: { size: 12 } }, margin: { l: 44, r: 8, t: 30, b: 28 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color, size: 11, family: "system-ui, sans-serif" }, legend: { orientation: "h", yref: "container", y: 0, yanchor: "bottom", font: { size: 11 } }, xaxis: { title: { text: "step", standoff: 8 }, anchor: "y2", gridcolor: grid, automargin: true }, yaxis: { domain: [0.55, 1], gridcolor: grid, rangemode: "tozero", automargin: true }, yaxis2: { domain: [0, 0.45], gridcolor: grid, automargin: true } }, { displayModeBar: false, responsive: true });
+    Plotly.react(plot, data, { height: 300, title: { text: "This token through training", x: 0.01, xanchor: "left", font: { size: 12 } }, margin: { l: 44, r: 8, t: 30, b: 28 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color, size: 11, family: "system-ui, sans-serif" }, legend: { orientation: "h", yref: "container", y: 0, yanchor: "bottom", font: { size: 11 } }, xaxis: { title: { text: "step", standoff: 8 }, anchor: "y2", gridcolor: grid, zerolinecolor: grid, automargin: true }, yaxis: { domain: [0.55, 1], gridcolor: grid, zerolinecolor: zero, rangemode: "tozero", automargin: true }, yaxis2: { domain: [0, 0.45], gridcolor: grid, zerolinecolor: zero, automargin: true } }, { displayModeBar: false, responsive: true });
   }
 
   function choose(i) {
