@@ -129,6 +129,14 @@ def test_the_frontier_names_its_first_and_last_step(ppo_run):
     assert [t for t in named["text"] if t] == [f"step {steps[0]}", f"step {steps[-1]}"]
 
 
+def test_the_first_step_of_a_run_is_to_be_seen(ppo_run):
+    young, old = series(reward=[0.5]), series(reward=[0.5] * 20)
+    run = SimpleNamespace(series={"ppo": young}, definitions=(), config={}, warnings=[])
+    assert lines(run, "ppo", "Reward", ["reward"])["data"][0]["mode"] == "lines+markers"
+    run.series["ppo"] = old
+    assert {line["mode"] for line in lines(run, "ppo", "R", ["reward"])["data"]} == {"lines"}
+
+
 def test_both_histograms_of_scores_have_the_same_bins():
     pairs = [{"chosen_score": float(i), "rejected_score": i / 9} for i in range(9)]
     groups = [trace["bingroup"] for trace in score_histogram(pairs)["data"]]

@@ -264,6 +264,21 @@ def test_what_a_model_wrote_is_shown_as_text(page, live):
         assert "owned" not in page.title() and EVIL in page.locator("main").inner_text()
 
 
+def test_long_tokens_do_not_widen_a_page_and_parts_of_characters_are_named(page, live):
+    wide = shutil.copytree(live[1] / "evil", live[1] / "wide")
+    try:
+        put_words_into_its_mouth(wide, "a" * 300 + "\ufffd")
+        page.set_viewport_size({"width": 900, "height": 844})
+        for address in ("samples?step=1", "tokens?step=1&sample=0"):
+            page.goto(f"/run/wide/{address}")
+            assert page.evaluate("document.documentElement.scrollWidth") <= 900, address
+        assert "has a part of a character" in page.locator("#token-name").inner_text()
+        glance = page.locator("#glance").inner_text()
+        assert "a" * 40 + "…" in glance and "a" * 41 not in glance
+    finally:
+        shutil.rmtree(wide)
+
+
 @pytest.mark.slow
 def test_a_run_that_is_going_grows_on_the_page(page, live):
     going = live[1] / "going"

@@ -15,10 +15,11 @@ from starlette.testclient import TestClient
 from quartet.models.language_model import load_model, load_tokenizer
 from quartet.runs.charts import CHARTS
 from quartet.runs.definitions import definition
+from quartet.runs.doctor import diagnose
 from quartet.runs.reader import Run
 from quartet.runs.rules import RULES
 from quartet.runs.wording import aligned, number, stage_summary
-from quartet.studio import views
+from quartet.studio import app, views
 from quartet.studio.app import make_app
 from quartet.studio.rendering import breakable, templates
 from quartet.studio.report import report
@@ -509,3 +510,18 @@ def test_every_metric_that_a_rule_looks_at_has_a_plain_name():
     """The doctor's page lists the rules by it."""
     unnamed = {t.reads[0] for t in RULES.values() if not definition(t.reads[0]).what}
     assert unnamed == set()
+
+
+def test_the_doctor_looks_at_a_run_again_only_where_it_has_grown(tmp_path, monkeypatch):
+    looked = []
+    monkeypatch.setattr(app, "diagnose", lambda run: looked.append(run.name) or diagnose(run))
+    folder = tmp_path / "run"
+    folder.mkdir()
+    step = {"event": "metrics", "time": 1.0, "stage": "ppo", "metrics": {"reward": 0.5}}
+    client = TestClient(make_app([tmp_path]), base_url="http://127.0.0.1:8700")
+    for last, count in ((1, 1), (2, 2)):
+        with (folder / "events.jsonl").open("a") as file:
+            file.write(json.dumps(step | {"step": last}) + "\n")
+        for _ in range(2):
+            assert client.get("/run/run/doctor").status_code == 200
+        assert len(looked) == count

@@ -448,10 +448,14 @@ def _hover_text(text: str) -> str:
     return "<br>".join(line.replace("&", "&amp;").replace("<", "&lt;") for line in lines)
 
 
+FEW_POINTS = 8
+"""The most points of a line that are marked. Of a single point, no line is to be seen."""
+
+
 def _line(x: Sequence[Any], y: Sequence[Any], color: str, more: Mapping[str, Any]) -> Spec:
     return {
         "type": "scatter",
-        "mode": "lines",
+        "mode": "lines+markers" if len(x) <= FEW_POINTS else "lines",
         "x": finite(x),
         "y": finite(y),
         "line": {"color": color, "width": 2},

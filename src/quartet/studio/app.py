@@ -24,7 +24,7 @@ from quartet.runs.critic_audits import (
 )
 from quartet.runs.critic_figures import audit_figures
 from quartet.runs.definitions import definition
-from quartet.runs.doctor import diagnose, why
+from quartet.runs.doctor import Diagnosis, diagnose, why
 from quartet.runs.evaluations import evaluation_tables, evaluations, kl_frontier
 from quartet.runs.label_tables import labelled_run
 from quartet.runs.reader import DamagedRun, NoRun, Run
@@ -45,6 +45,8 @@ from quartet.studio.protection import (
 )
 from quartet.studio.rendering import plotly_file, templates
 
+DIAGNOSES_KEPT = 50
+"""The most runs whose diagnosis stays in memory."""
 ROLLOUTS, PROBES = "rollouts", "probes"
 
 
@@ -59,6 +61,7 @@ class Pages:
         self.library = library
         self.lock = threading.Lock()
         self.first_policies = FirstPolicies()
+        self._diagnoses: dict[str, tuple[tuple[Any, ...], Diagnosis]] = {}
         self.templates = templates()
 
     def html(self, name: str, status: int = 200, **values: Any) -> Response:
@@ -351,7 +354,7 @@ class Pages:
 
     def doctor(self, request: Request) -> Response:
         run = self.run_of(request)
-        diagnosis = diagnose(run)
+        diagnosis = self._diagnosis(run)
         return self.html(
             "doctor.html",
             title="Doctor",
@@ -363,6 +366,17 @@ class Pages:
             label=lambda metric: definition(metric, run.definitions).label,
             page="doctor",
         )
+
+    def _diagnosis(self, run: Run) -> Diagnosis:
+        """Return what the rules say of a run; computed again only where its record has grown, since
+        thousands of steps take seconds."""
+        record = (run.path, len(run.events), *(len(s.steps) for s in run.series.values()))
+        known = self._diagnoses.get(run.name)
+        if known is None or known[0] != record:
+            while len(self._diagnoses) >= DIAGNOSES_KEPT:
+                self._diagnoses.pop(next(iter(self._diagnoses)))
+            known = self._diagnoses[run.name] = (record, diagnose(run))
+        return known[1]
 
     def config(self, request: Request) -> Response:
         run = self.run_of(request)

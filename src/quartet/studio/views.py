@@ -20,6 +20,8 @@ TEXT_SHOWN = 4_000
 """The most characters of a prompt or response in a list."""
 TOKEN_TEXT_SHOWN = 400
 """The most characters of one token."""
+TOKEN_QUOTED = 40
+"""The most characters of a token in a sentence."""
 TOKENS_SHOWN = 50_000
 """The most tokens of one sample on a page."""
 
@@ -359,7 +361,11 @@ def glance(sample: Mapping[str, list[Any]]) -> list[str]:
 
 
 def _quoted(sample: Mapping[str, list[Any]], place: int) -> str:
-    return shortened(sample["text"][place].strip(), TOKEN_TEXT_SHOWN)
+    """Return a token's text for a sentence; line breaks and other white space are named by signs,
+    as on the page of tokens."""
+    text = sample["text"][place]
+    shown = text.strip() or text.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "␣") or "∅"
+    return shown if len(shown) <= TOKEN_QUOTED else f"{shown[:TOKEN_QUOTED]}…"
 
 
 def reward_models(run: Run, stages: Sequence[str]) -> list[dict[str, Any]]:

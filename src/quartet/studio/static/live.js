@@ -18,6 +18,7 @@
   }
 
   async function renew() {
+    const begun = performance.now();
     const answer = document.hidden ? null : await fetch(location.href).catch(() => null);
     if (answer?.ok) {
       const page = new DOMParser().parseFromString(await answer.text(), "text/html");
@@ -30,12 +31,12 @@
       document.body.dataset.every = page.body.dataset.every ?? "";
       dispatchEvent(new CustomEvent("renewed", { detail: page }));
     }
-    next();
+    next(performance.now() - begun);
   }
 
-  function next() {
+  function next(took = 0) {
     const seconds = Number(document.body.dataset.every); // none: the run has ended
-    if (seconds) setTimeout(renew, 1000 * seconds);
+    if (seconds) setTimeout(renew, Math.max(1000 * seconds, 5 * took)); // a long run's page is costly
   }
   next();
 })();

@@ -50,7 +50,8 @@
   }
 
   function write() {
-    place.replaceChildren(...view.texts.map((text, i) => {
+    const spans = document.createDocumentFragment();
+    view.texts.forEach((text, i) => {
       const span = document.createElement("span");
       span.className = view.own[i] ? "token" : "token given";
       if (view.clipped[i]) span.classList.add("clipped");
@@ -58,8 +59,11 @@
       span.id = `token-${i}`;
       span.setAttribute("role", "option");
       span.textContent = text === "" ? "∅" : text.replaceAll("\n", "⏎\n");
-      return span;
-    }));
+      spans.append(span);
+    });
+    place.removeAttribute("dir"); // or the browser looks for the direction again at each of thousands of tokens
+    place.replaceChildren(spans);
+    place.dir = "auto";
     const before = column.value;
     column.replaceChildren(...view.columns.map((c) => new Option(c.label, c.name)));
     column.value = view.columns.some((c) => c.name === before) ? before : view.columns[0]?.name ?? "";
@@ -76,9 +80,11 @@
     place.setAttribute("aria-activedescendant", span.id);
     span.scrollIntoView({ block: "nearest" });
     const name = document.getElementById("token-name");
-    name.textContent = `“${view.texts[i].trim() || view.texts[i].replaceAll("\n", "⏎") || "∅"}”`;
+    const signs = { "\n": "⏎", "\t": "⇥", " ": "␣" };
+    name.textContent = `“${view.texts[i].trim() || view.texts[i].replace(/[\n\t ]/g, (c) => signs[c]) || "∅"}”`;
     const small = document.createElement("small");
-    small.textContent = ` id ${view.ids[i]}, position ${i}`;
+    const part = view.texts[i].includes("\ufffd") ? ", has a part of a character" : ""; // bytes that are no UTF-8 alone
+    small.textContent = ` id ${view.ids[i]}, position ${i}${part}`;
     name.append(small);
     document.getElementById("case").textContent = view.own[i] ? view.cases[i] : "Given, not written by the policy: it is not trained on.";
     const rows = [];
@@ -119,14 +125,15 @@
     const has = (name) => view.numbers[name]?.some((v) => v !== null);
     const text = own.map((i) => view.texts[i].replaceAll("&", "&amp;").replaceAll("<", "&lt;")); // Plotly reads tags
     const line = (name, label, axis, color, more = {}) => ({ type: "scatter", mode: own.length > 1 ? "lines" : "markers", x: own, y: pick(name), text, name: label, yaxis: axis, line: { color, width: 1.6 }, hovertemplate: "%{text}: %{y:.3g}", ...more });
-    const bars = (name, label, axis, color) => ({ type: "bar", x: own, y: pick(name), text, textposition: "none", name: label, yaxis: axis, marker: { color }, hovertemplate: "%{text}: %{y:.3g}" });
+    const long = own.length > 2000; // a bar or a marker is an element of its own: tens of thousands take a minute
+    const bars = (name, label, axis, color) => (long ? line(name, label, axis, Array.isArray(color) ? `rgb(${UP})` : color) : { type: "bar", x: own, y: pick(name), text, textposition: "none", name: label, yaxis: axis, marker: { color }, hovertemplate: "%{text}: %{y:.3g}" });
     const panels = [];
     if (has("value")) panels.push(["value", [line("value", "value", "", "#3b82f6"), line("return", "return", "", "#059669", { line: { color: "#059669", width: 1.6, dash: "dot" } })]]);
     if (has("reward")) panels.push(["reward", [bars("reward", "reward", "", "#8b5cf6")]]);
     if (has("advantage")) panels.push(["advantage", [bars("advantage", "advantage", "", pick("advantage").map((v) => `rgb(${v > 0 ? UP : DOWN})`))]]);
     const logprobs = [["old_logprob", "old", "#8a8f98"], ["ref_logprob", "reference", "#d97706"], ["logprob", "now", "#3b82f6"]].filter(([n]) => has(n));
     panels.push(["log-prob", logprobs.map(([n, label, color]) => line(n, label, "", color))]);
-    if (has("ratio")) panels.push(["ratio", [line("ratio", "ratio", "", "#ef4444", { mode: "lines+markers", marker: { size: own.map((i) => (view.clipped[i] ? 8 : 3)), color: "#ef4444" } })]]);
+    if (has("ratio")) panels.push(["ratio", [line("ratio", "ratio", "", "#ef4444", { mode: long ? "lines" : "lines+markers", marker: { size: own.map((i) => (view.clipped[i] ? 8 : 3)), color: "#ef4444" } })]]);
     const data = [], gap = 0.045, height = (1 - gap * (panels.length - 1)) / panels.length;
     const color = getComputedStyle(document.body).color;
     const grid = "rgba(128,128,128,0.18)";
