@@ -129,7 +129,7 @@ def test_the_frontier_names_its_first_and_last_step(ppo_run):
     assert [t for t in named["text"] if t] == [f"step {steps[0]}", f"step {steps[-1]}"]
 
 
-def test_the_first_step_of_a_run_is_to_be_seen(ppo_run):
+def test_the_first_step_of_a_run_is_to_be_seen():
     young, old = series(reward=[0.5]), series(reward=[0.5] * 20)
     run = SimpleNamespace(series={"ppo": young}, definitions=(), config={}, warnings=[])
     assert lines(run, "ppo", "Reward", ["reward"])["data"][0]["mode"] == "lines+markers"
