@@ -19,10 +19,11 @@ from quartet.assembly.models import Models
 from quartet.config.toml import read_settings
 from quartet.data.sampler import Sampler
 from quartet.distributed.process_group import SINGLE_PROCESS
+from quartet.generation import slots
 from quartet.generation.decoders import RowDecoder, make_decoder
 from quartet.generation.native import NativeGenerator
 from quartet.generation.sampling import Sampling, draw
-from quartet.generation.slots import SlotDecoder, _side_stream
+from quartet.generation.slots import SlotDecoder
 from quartet.loops.collect import Collector
 from quartet.loops.custom import StageContext, record
 from quartet.loops.responses import Responses
@@ -45,6 +46,7 @@ from quartet.training.learner import Learner
 from quartet.training.optim import Optim, Optimizer, OptimizerConfig
 from tests.support.decoding_cost import cost_of_a_token
 from tests.support.pretended_device import CUDA, Pretended, on_device, pretended
+from tests.support.recorded_graph import graphs
 from tests.support.world import model, prompts, rollout, tokenizer
 
 BF16 = torch.bfloat16
@@ -430,85 +432,72 @@ def test_a_gpu_that_torch_cannot_use_is_spoken_of(monkeypatch, tmp_path):
     assert notes("run.device=cpu") == []
 
 
-class Recorded:
-    """What stands for torch's graphs and streams: a graph that repeats nothing, and keeps how it was recorded."""
+def decoded(steps=14):
+    """The logits of some steps: of nine rows, and then of two."""
+    torch.manual_seed(0)
+    decoder = SlotDecoder(compute_in(on_device(deeper(2)), BF16), 40)
+    logits = decoder.prefill([[3, 4, 5], [6, 7]], 5)
+    found = []
+    for number in range(steps):
+        if number == steps // 2:
+            decoder.keep(torch.arange(len(logits), device=CUDA) % 5 == 1)
+            logits = logits[:2]
+        logits = decoder.step(logits.argmax(-1))
+        found.append(logits.float().cpu().clone())
+    return found
 
-    def __init__(self, device=None):
-        self.device = device
 
-    def wait_stream(self, _):
-        pass
-
-    def replay(self):
-        pass
+def test_a_recorded_step_computes_what_a_step_without_a_graph_computes(monkeypatch):
+    """Where a step had a Python number in it that changes, each replay would have that of the recording."""
+    with pretended(), torch.inference_mode():
+        expected = decoded()
+        with monkeypatch.context() as patch, graphs(patch.setattr) as made:
+            found = decoded()
+    assert [graph.replays for graph in made] == [5, 5], "two steps before each recording"
+    assert all(map(torch.equal, found, expected))
 
 
 def test_a_step_is_recorded_beside_threads_that_train_and_on_one_stream(monkeypatch):
     """With a staleness the learner asks for memory while the sampler records, which "global" would refuse."""
-    recorded, entered = [], []
-
-    def graph(_, stream, capture_error_mode):
-        recorded.append((stream, capture_error_mode))
-        return contextlib.nullcontext()
-
-    monkeypatch.setattr("quartet.generation.slots._can_record", lambda *_: True)
-    stands = {"Stream": Recorded, "CUDAGraph": Recorded, "graph": graph}
-    stands |= {"current_stream": lambda *_: Recorded(), "set_stream": lambda _: None}
-    stands["stream"] = lambda _: contextlib.nullcontext()
-    stands["device"] = lambda device: entered.append(device) or contextlib.nullcontext()
-    for name, value in stands.items():
-        monkeypatch.setattr(torch.cuda, name, value)
-    _side_stream.cache_clear()
-    with pretended(), torch.inference_mode():
-        decoder = SlotDecoder(compute_in(on_device(deeper(1)), BF16), 40)
-        decoder.prefill([[3, 4, 5]], 9)
-        decoder.step(torch.zeros(9, dtype=torch.long, device=CUDA))
-        decoder.keep(torch.arange(9, device=CUDA) < 2)
-        decoder.step(torch.zeros(2, dtype=torch.long, device=CUDA))
-    _side_stream.cache_clear()
-    assert [mode for _, mode in recorded] == ["thread_local"] * 2 and entered == [CUDA, CUDA]
-    [stream] = {stream for stream, _ in recorded}
+    with pretended(), torch.inference_mode(), graphs(monkeypatch.setattr) as made:
+        decoded()
+    assert len(made) == 2 and {graph.mode for graph in made} == {"thread_local"}
+    [stream] = {graph.stream for graph in made}
     assert stream.device == CUDA
+
+
+def test_what_ends_within_two_steps_is_not_recorded(monkeypatch):
+    with pretended(), torch.inference_mode(), graphs(monkeypatch.setattr) as made:
+        decoded(5)
+    assert len(made) == 1, "nor are two rows, of which there are three steps, before the third"
+
+
+@pytest.mark.parametrize("free", [10**6, 60 * 10**9])
+def test_cached_memory_is_freed_for_a_recording_where_little_is_free(free, monkeypatch):
+    """torch's allocator can free none while a step is recorded, and to free it always would cost each rollout."""
+    freed = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: freed.append(1))
+    with pretended(), torch.inference_mode(), graphs(monkeypatch.setattr, free) as made:
+        decoded()
+    assert len(made) == 2 and len(freed) == (2 if free == 10**6 else 0)
 
 
 def test_a_step_that_cannot_be_recorded_is_computed_without_a_graph(monkeypatch, caplog):
     """The first card may refuse what was only read about: the run goes on, and says that it is slower."""
 
-    def decoded():
-        with pretended(), torch.inference_mode():
-            torch.manual_seed(0)
-            decoder = SlotDecoder(compute_in(on_device(deeper(1)), BF16), 40)
-            decoder.prefill([[3, 4, 5]], 9)
-            tokens = torch.zeros(9, dtype=torch.long, device=CUDA)
-            return [decoder.step(tokens).float().cpu().tolist() for _ in range(3)]
+    def waits(queries, cache, known, *more):
+        assert int(known.max()) > 0  # the host asks the device
+        return attended(queries, cache, known, *more)
 
-    expected = decoded()
-
-    default, current = Recorded(), [None]
-
-    @contextlib.contextmanager
-    def refuse(_, stream, capture_error_mode):
-        """As torch.cuda.graph: its exit raises before it has left the stream."""
-        current[0] = stream
-        try:
-            raise RuntimeError("operation not permitted when stream is capturing")
-        finally:
-            raise RuntimeError("operation failed due to a previous error during capture")
-        yield
-
-    monkeypatch.setattr("quartet.generation.slots._can_record", lambda *_: True)
-    stands = {"Stream": Recorded, "CUDAGraph": Recorded, "graph": refuse}
-    stands |= {"current_stream": lambda *_: default, "set_stream": current.append}
-    stands["stream"] = stands["device"] = lambda _: contextlib.nullcontext()
-    for name, value in stands.items():
-        monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr("quartet.generation.slots._NOT_RECORDED", set())
-    _side_stream.cache_clear()
-    assert decoded() == expected
-    _side_stream.cache_clear()
+    attended = slots.slot_attention
+    monkeypatch.setattr(slots, "slot_attention", waits)
+    with pretended(), torch.inference_mode():
+        expected = decoded()
+        with graphs(monkeypatch.setattr) as made:
+            found = decoded()
+    assert len(made) == 1 and all(map(torch.equal, found, expected))
     [said] = [r.message for r in caplog.records if r.name == "quartet.generation.slots"]
     assert "not permitted" in said and "Sampling goes on without graphs" in said
-    assert current[-1] is default, "what follows would be in another stream than all else"
 
 
 def test_the_pretended_device_tells_faults():

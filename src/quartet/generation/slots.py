@@ -6,10 +6,12 @@ shapes are the number of slots and of columns from a small set, and it is record
 for each pair. Whether rows have ended is looked at every `LOOK_EVERY` tokens only.
 """
 
+import contextlib
 import functools
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -31,7 +33,11 @@ log = logging.getLogger(__name__)
 _NOT_RECORDED: set[torch.device] = set()
 """Devices on which recording a step has failed."""
 WARM_UPS = 2
-"""Steps before one is recorded: kernels are chosen, and workspaces allocated, at first use."""
+"""Steps of so many slots before one is recorded: kernels are chosen, and workspaces allocated, at
+first use. What ends sooner is not recorded at all."""
+ROOM = 2**29
+"""Free memory of a GPU, in bytes beside the logits, without which cached memory is freed before a
+step is recorded: meanwhile torch's allocator cannot free any."""
 
 
 def bucket(count: int, smallest: int, largest: int) -> int:
@@ -68,8 +74,10 @@ class SlotDecoder(FusedDecoder):
         self.lengths = torch.zeros(0, dtype=torch.int32, device=self.device)
         self.tokens = torch.zeros(0, dtype=torch.long, device=self.device)
         self.starts = torch.zeros(0, dtype=torch.int32, device=self.device)
-        self.steps: dict[int, Callable[[], Tensor]] = {}
-        """What computes a step, by the number of slots that it computes."""
+        self.replays: dict[int, Callable[[], Tensor]] = {}
+        """What replays a recorded step, by the number of slots that it computes."""
+        self.computed: Counter[int] = Counter()
+        """The steps that were computed without a graph, by their number of slots."""
 
     def free_rows(self) -> int:
         return self.max_rows - self.rows
@@ -109,14 +117,13 @@ class SlotDecoder(FusedDecoder):
         self._resize(self.rows, self.longest + 1)
         count = bucket(self.rows, SMALLEST, self.slots)
         self.tokens[: self.rows] = tokens
-        if count not in self.steps:
-            self.steps[count] = self._recorded(count)
-        logits = self.steps[count]()
+        logits = self._appended(count)
         self.longest += 1
         return logits[: self.rows]
 
-    def _recorded(self, count: int) -> Callable[[], Tensor]:
-        """Return a function that computes a step of so many slots: on a GPU, a graph's replay.
+    def _appended(self, count: int) -> Float[Tensor, "n V"]:
+        """Compute a step of so many slots: on a GPU by the replay of a graph, once some steps have
+        been computed without one.
 
         Where a step cannot be recorded, its kernels are asked for one by one, and the log says so.
         """
@@ -126,12 +133,18 @@ class SlotDecoder(FusedDecoder):
             self.lengths[:count] += 1
             return logits
 
+        if count in self.replays:
+            return self.replays[count]()
         has_experts = any(block.up is None for block in self.blocks)
         if self.device in _NOT_RECORDED or not _can_record(self.device, has_experts):
-            return eager
+            return eager()
+        self.computed[count] += 1
+        if self.computed[count] <= WARM_UPS:
+            with self._beside():
+                return eager()
         lengths, handled = self.lengths.clone(), sys.exception()
         try:
-            return self._captured(count, eager)
+            self.replays[count] = self._recorded(count, eager)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -144,29 +157,38 @@ class SlotDecoder(FusedDecoder):
                 "graphs, which is slower.",
                 cause,
             )
-            return eager
         finally:
             self.lengths.copy_(lengths)
+        return self.replays.get(count, eager)()
 
-    def _captured(self, count: int, eager: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """Return the replay of a step that is recorded as a graph. It changes `lengths`."""
-        graph = torch.cuda.CUDAGraph()
+    @contextlib.contextmanager
+    def _beside(self) -> Iterator[None]:
+        """Have what is asked for inside the block computed on the stream that steps are recorded
+        on, in order with what is asked for before and after it."""
         with torch.cuda.device(self.device):  # a new thread's current device is the first one
             stream, current = _side_stream(self.device), torch.cuda.current_stream()
-            # Steps that only warm up write where the real one will, and leave the lengths alone.
             stream.wait_stream(current)
             with torch.cuda.stream(stream):
-                for _ in range(WARM_UPS):
-                    self._step(count)
+                yield
             current.wait_stream(stream)
+
+    def _recorded(self, count: int, step: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """Return the replay of a step that is recorded as a graph. Nothing is computed meanwhile.
+
+        `torch.cuda.graph` would wait for the device and free all cached memory before each
+        recording, of which there are several in a rollout.
+        """
+        graph = torch.cuda.CUDAGraph()
+        with self._beside():
+            needed = ROOM + 8 * 4 * count * len(self.embedding.table)
+            if torch.cuda.mem_get_info(self.device)[0] < needed:
+                torch.cuda.empty_cache()
+            # "thread_local": another thread may train meanwhile, and may ask for memory.
+            graph.capture_begin(capture_error_mode="thread_local")
             try:
-                # "thread_local": another thread may train meanwhile, and may ask for memory.
-                with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                    logits = eager()
+                logits = step()
             finally:
-                # Where recording fails, torch leaves the side stream as the current one: what this
-                # thread asks for then would not be in order with what other threads ask for.
-                torch.cuda.set_stream(current)
+                graph.capture_end()
 
         def replay() -> Tensor:
             graph.replay()
@@ -223,7 +245,8 @@ class SlotDecoder(FusedDecoder):
         # The samples of one prompt are decoded together, also where they are more than `max_rows`.
         slots = bucket(max(rows, self.slots), SMALLEST, max(self.max_rows, rows, SMALLEST))
         wide = bucket(max(columns, self.columns), COLUMNS, 2**30)
-        self.steps.clear()  # a graph holds memory of its own
+        self.replays.clear()  # a graph holds memory of its own
+        self.computed.clear()
         shape = (slots, wide, 2 * self.kv_heads, self.head_size)
         live, until = min(self.rows, self.slots), self.longest
         for number, old in enumerate(self.caches):
