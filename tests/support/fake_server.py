@@ -18,7 +18,7 @@ from starlette.routing import Route
 
 from quartet.models.adapters import POLICY, load_adapter
 from quartet.models.language_model import load_model
-from tests.support.fake_transfer import Receiver
+from tests.support.fake_transfer import Receiver, Refused
 
 
 def free_port():
@@ -147,12 +147,6 @@ def make_app(engine, kind="vllm"):
     )
 
 
-class Refused(Exception):
-    def __init__(self, sentence, code=400):
-        super().__init__(sentence)
-        self.code = code
-
-
 def needs(asked, *names):
     if asked is None or set(names) - asked.keys():
         raise Refused("bad request")
@@ -243,8 +237,10 @@ def vllm(engine):
         return engine.receiver.start(*asked)
 
     def finish(*asked):
-        """Load what was received. A tied head has no weights of its own."""
+        """Load what was received: all, or nothing of an update that failed before. A tied head has no weights of its own."""
         done = engine.receiver.finish(*asked)
+        if not engine.receiver.received:
+            return done
         missing, unexpected = engine.model.load_state_dict(engine.receiver.received, strict=False)
         assert not unexpected and set(missing) <= {"lm_head.weight"}
         return done

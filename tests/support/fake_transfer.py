@@ -45,6 +45,12 @@ def open_gloo(size):
     return LazyGroup(store, 0, size), lambda: name
 
 
+class Refused(Exception):
+    def __init__(self, sentence, code=400):
+        super().__init__(sentence)
+        self.code = code
+
+
 class Receiver:
     """The workers of one server."""
 
@@ -63,7 +69,8 @@ class Receiver:
         return {"message": "Weight transfer initialized"}
 
     def start(self, *_):
-        assert not self.updating
+        if self.updating:
+            raise Refused("start_weight_update called while a weight update is active", 500)
         self.updating, self.received, self.chunks = True, {}, 0
         return {"message": "Weight update started"}
 

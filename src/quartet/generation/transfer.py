@@ -10,6 +10,7 @@ aborted, and a new one is made when the server is back.
 """
 
 import base64
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from typing import Any, Protocol, runtime_checkable
@@ -97,7 +98,7 @@ class WeightTransfer:
         try:
             if server not in self._groups:
                 self._groups[server] = self._opened(ask)
-            ask("POST", "/start_weight_update", None)
+            self._start(ask)
             update = {
                 "names": list(self.held),
                 "dtype_names": [str(self._dtype(x)).removeprefix("torch.") for x in self._tensors],
@@ -149,6 +150,17 @@ class WeightTransfer:
         one = torch.zeros(1, device=self.device)
         _together(lambda: _done(group.allreduce([one]), self.device), request, group.abort)
         return group
+
+    @staticmethod
+    def _start(ask: Ask) -> None:
+        """Begin an update. A server in which an earlier one was not finished, because it failed or
+        this process was killed, refuses to begin another: that one is finished first."""
+        try:
+            ask("POST", "/start_weight_update", None)
+        except QuartetError:
+            with contextlib.suppress(QuartetError):
+                ask("POST", "/finish_weight_update", None)
+            ask("POST", "/start_weight_update", None)
 
     def _broadcast(self, group: Group) -> None:
         for chunk in self._chunks():
