@@ -11,7 +11,9 @@ The forward pass is that of a single process. A fused forward pass of a block is
 FSDP as a method of the block, so that torch gathers around it too.
 """
 
+import functools
 import types
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -96,7 +98,39 @@ def parallelize(model: Any, mesh: DeviceMesh) -> Any:
     if may_fuse:
         setattr(trunk, TRUNK_FORWARD, types.MethodType(trunk_forward, trunk))
         register_fsdp_forward_method(trunk, TRUNK_FORWARD)
+        setattr(trunk, TRUNK_FORWARD, _forgetting(trunk, getattr(trunk, TRUNK_FORWARD)))
+    trunk.register_forward_hook(lambda trunk, *_: _forget_passes(trunk))
     return model
+
+
+def _forgetting(trunk: Any, forward: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(forward)
+    def forward_and_forget(*args: Any, **kwargs: Any) -> Any:
+        outputs = forward(*args, **kwargs)
+        _forget_passes(trunk)
+        return outputs
+
+    return forward_and_forget
+
+
+def _forget_passes(trunk: Any) -> None:
+    """Have FSDP forget the forward passes of a frozen model.
+
+    FSDP notes the order of the blocks of each forward pass, and forgets it after a backward pass. A
+    reference or a reward model has none, so the notes would grow for as long as the run lasts. A
+    model that is trained keeps them: its backward pass gathers weights ahead by them.
+    """
+    if any(parameter.requires_grad for parameter in trunk.parameters()):
+        return
+    if hasattr(trunk, "reset_iter_state"):
+        trunk.reset_iter_state()
+        return
+    root = trunk._get_fsdp_state()  # torch before 2.13 has no public way
+    root._comm_ctx.post_forward_order.clear()
+    for state in root._state_ctx.all_states:
+        one = getattr(state, "_fsdp_param_group", None)
+        for group in getattr(state, "_fsdp_param_groups", [one] if one is not None else []):
+            group._post_forward_indices.clear()
 
 
 def _shard(

@@ -1,0 +1,52 @@
+"""What FSDP keeps of a model in parts from one forward pass to the next."""
+
+import pytest
+import torch
+from torch.distributed.fsdp import FSDPModule
+
+from quartet.models.actor_critic import freeze
+from quartet.models.forward import masked_logprobs
+from quartet.training.parallelize import parallelize
+from tests.distributed.test_offload import two_ranks
+from tests.support.world import model
+
+TOKENS = torch.tensor([[5, 6, 7, 8]])
+MASK = torch.tensor([[False, True, True, True]])
+
+
+def kept(policy):
+    """How many forward passes of blocks FSDP has noted: for all blocks together, and for each."""
+    states = policy.base_model._get_fsdp_state()._state_ctx.all_states
+    groups = [group for state in states for group in state._fsdp_param_groups]
+    order = policy.base_model._get_fsdp_state()._comm_ctx.post_forward_order
+    return len(order), {len(group._post_forward_indices) for group in groups}
+
+
+def passes(policy, way, count):
+    for _ in range(count):
+        if way == "fused":
+            outputs = masked_logprobs(policy, TOKENS, MASK)
+        else:
+            outputs = policy(TOKENS).logits
+    return outputs
+
+
+@pytest.mark.parametrize("public", [True, False])
+@pytest.mark.parametrize("way", ["fused", "plain"])
+def test_a_frozen_model_keeps_nothing_of_its_forward_passes(way, public, monkeypatch):
+    if not public:  # as before torch 2.13
+        monkeypatch.delattr(FSDPModule, "reset_iter_state")
+    with two_ranks() as mesh:
+        reference = parallelize(freeze(model()), mesh)
+        with torch.no_grad():
+            passes(reference, way, 3)
+        assert kept(reference) == (0, {0})
+
+
+def test_a_model_that_is_trained_keeps_the_order_until_its_backward_pass():
+    with two_ranks() as mesh:
+        policy = parallelize(model(), mesh)
+        outputs = passes(policy, "plain", 2)
+        assert kept(policy) == (4, {2})
+        outputs.sum().backward()
+        assert kept(policy) == (0, {0})
