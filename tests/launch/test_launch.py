@@ -570,6 +570,13 @@ class Doubles:
                 raise NonFinite("the loss")
         self.free.wait()
 
+    def fail_elsewhere(self, kind, seconds=60.0):
+        """Rank 0 is in a collective of NCCL, which does not notice that the other has failed."""
+        if self.rank == 0:
+            self.free.wait(seconds)
+            raise NonFinite("the loss")
+        self.fail(kind)
+
     def untouched(self):
         return True
 
@@ -673,6 +680,35 @@ def test_a_rank_that_reports_its_error_and_ends_is_not_called_lost(two):
     group.followers = [Ended(lambda: group.store.set("done/1/1", report))]
     with pytest.raises(RuntimeError, match="^rank 1: seven is no number of legs$"):
         group.call("fail", "silent")
+
+
+def test_rank_zero_does_not_wait_for_a_rank_that_has_failed(two, monkeypatch):
+    """As in a collective of NCCL, in which nothing says that the other has left."""
+    group, *_ = two
+    monkeypatch.setattr(spmd, "GRACE", 0.2)
+    began = time.monotonic()
+    with pytest.raises(RuntimeError, match="^rank 1: seven is no number of legs$"):
+        group.call("fail_elsewhere", "wrong")
+    assert time.monotonic() - began < 10 and not group.untouched()
+    group.worker.free.set()
+
+
+def test_nor_for_one_whose_process_has_ended(two, monkeypatch):
+    group, *_ = two
+    monkeypatch.setattr(spmd, "GRACE", 0.2)
+    group.followers = [Ended()]
+    with pytest.raises(WorkerLost, match="rank 1 of the run was lost: its process has ended"):
+        group.call("fail_elsewhere", "silent")
+    group.worker.free.set()
+
+
+def test_it_waits_for_its_own_error_where_every_rank_has_one(two, monkeypatch):
+    """A rank that comes later to numbers that are not finite finds them too."""
+    group, _, following = two
+    monkeypatch.setattr(spmd, "GRACE", 0.1)
+    with pytest.raises(NonFinite, match="the loss is not finite"):
+        group.call("fail_elsewhere", "not finite", 1.0)
+    assert group.call("double", [4]) == [[8], [8]] and following.is_alive()
 
 
 @pytest.mark.long

@@ -24,10 +24,8 @@ def kept(policy):
 
 def passes(policy, way, count):
     for _ in range(count):
-        if way == "fused":
-            outputs = masked_logprobs(policy, TOKENS, MASK)
-        else:
-            outputs = policy(TOKENS).logits
+        fused = way == "fused"
+        outputs = masked_logprobs(policy, TOKENS, MASK) if fused else policy(TOKENS).logits
     return outputs
 
 

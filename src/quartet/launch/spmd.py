@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from quartet.distributed.process_group import RankZeroFailed, TorchProcessGroup
 from quartet.errors import NonFinite
+from quartet.io.threads import map_concurrently
 from quartet.launch.processes import Follower
 from quartet.launch.store import BEAT, beat_key
 from quartet.runtime.worker import WorkerLost, WorkerThread
@@ -27,6 +28,10 @@ from quartet.runtime.worker import WorkerLost, WorkerThread
 SILENCE = 15.0
 """Seconds without a heartbeat after which a rank is lost. A call that holds the interpreter, or a
 machine that is overloaded, may keep the thread that beats waiting for some seconds."""
+GRACE = 5.0
+"""Seconds that rank 0 has to notice by itself that another rank has failed. In a collective of gloo
+it does so at once; in one of NCCL it would wait for that rank until the deadline, and then torch
+would end the process."""
 
 
 class ProcessWorkers:
@@ -57,6 +62,10 @@ class ProcessWorkers:
         """Whether rank 0 was interrupted in the middle of a call."""
         self._beats: dict[int, tuple[int, float]] = {}
         """For each other rank: its count of heartbeats, and when that was last seen to change."""
+        self._looked = 0.0
+        """When rank 0 last looked whether another rank has failed."""
+        self._failed_since: float | None = None
+        """When another rank was first seen to have failed in this call."""
 
     def call(self, name: str, *args: Any) -> list[Any]:
         if self._given_up:  # the others are in the middle of another call
@@ -71,9 +80,11 @@ class ProcessWorkers:
 
     def _call(self, name: str, *args: Any) -> list[Any]:
         self._tell({"name": name, "args": list(args)})
-        self._in_step = False
+        self._in_step, self._failed_since = False, None
         try:
-            results = [self.thread.call(name, *args)]
+            results = [self.thread.call(name, *args, watch=self._watch)]
+        except _Watched as watched:
+            raise watched.failure from None
         except NonFinite:
             self._in_step = True  # every rank raises it at the same place
             raise
@@ -106,8 +117,7 @@ class ProcessWorkers:
                 self._tell({"name": None})
         if self.process_group is not None:  # the others leave now, and may wait for rank 0 in it
             self.process_group.leave(in_step)
-        for follower in self.followers:
-            follower.end()
+        map_concurrently(lambda follower: follower.end(), self.followers, len(self.followers))
         self.thread.close()
 
     def _all_there(self) -> bool:
@@ -119,11 +129,16 @@ class ProcessWorkers:
 
     def lost(self) -> WorkerLost | None:
         """Return which ranks are lost, and why; None if there are none."""
-        if ended := [f.rank for f in self.followers if f.process.poll() is not None]:
-            return WorkerLost(ended, "its process has ended; see run.log.")
+        if ended := self._ended():
+            return ended
         if silent := self.silent():
             return WorkerLost(silent, f"no sign of life for {SILENCE:g} s.")
         return None
+
+    def _ended(self) -> WorkerLost | None:
+        """Return which processes have ended that should not; None if there are none."""
+        ended = [f.rank for f in self.followers if f.process.poll() is not None]
+        return WorkerLost(ended, "its process has ended; see run.log.") if ended else None
 
     def silent(self) -> list[int]:
         """Return the ranks whose count of heartbeats has not changed for `SILENCE` seconds."""
@@ -181,11 +196,34 @@ class ProcessWorkers:
         """Return the error that a rank has reported and that is its own, or the loss of ranks; None
         if there is neither. A rank that fails reports its error and then ends."""
         lost = self.lost()
+        return self._reported() or lost
+
+    def _reported(self, shared: bool = True) -> Exception | None:
+        """Return the error that a rank has reported and that is its own; `shared` says whether one
+        counts that every rank raises."""
         for rank in range(1, self.world_size):
             answer = self._answer(rank)
-            if answer is not None and "error" in answer and not answer["by_another"]:
+            if answer is None or "error" not in answer or answer["by_another"]:
+                continue
+            if shared or not answer.get("shared"):
                 return RuntimeError(f"rank {rank}: {answer['error']}")
-        return lost
+        return None
+
+    def _watch(self) -> None:
+        """Raise `_Watched` once another rank has failed and rank 0 has not noticed it for `GRACE`
+        seconds. That a rank is silent is no failure here: it may load a large model."""
+        now = time.monotonic()
+        if now - self._looked < BEAT:
+            return
+        self._looked = now
+        ended = self._ended()  # before the reports: a rank that fails reports its error and ends
+        failure = self._reported(shared=False) or ended
+        if failure is None:
+            return
+        if self._failed_since is None:
+            self._failed_since = now
+        elif now - self._failed_since > GRACE:
+            raise _Watched(failure)
 
     def _answer(self, rank: int) -> dict[str, Any] | None:
         """Return what a rank has answered to the last call, or None if it has not yet."""
@@ -194,6 +232,14 @@ class ProcessWorkers:
             json.loads(self.store.get(key)) if self.store.check([key]) else None
         )
         return answer
+
+
+class _Watched(Exception):
+    """Rank 0 is given up in the middle of a call, because another rank has failed."""
+
+    def __init__(self, failure: Exception) -> None:
+        super().__init__(str(failure))
+        self.failure = failure
 
 
 def follow(worker: Any, store: "dist.Store", rank: int) -> bool:
@@ -215,7 +261,11 @@ def follow(worker: Any, store: "dist.Store", rank: int) -> bool:
             answer = {"result": json_or_none(getattr(worker, call["name"])(*call["args"]))}
         except Exception as error:
             failure = error
-            answer = {"error": str(error), "by_another": by_another(error)}
+            answer = {
+                "error": str(error),
+                "by_another": by_another(error),
+                "shared": isinstance(error, NonFinite),
+            }
         store.set(f"done/{number}/{rank}", json.dumps(answer))
         if failure is not None and not isinstance(failure, NonFinite):
             return False

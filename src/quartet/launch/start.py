@@ -138,7 +138,9 @@ def _process_workers(
         torch.set_num_threads(threads_of(world_size))
         with (folder / "run.log").open("ab") as log:
             followers = start_followers(world_size, port, arguments, log)
-    group_store = dist.PrefixStore("process_group", store)
+    # A connection of its own: while groups are made, a thread waits in it, and rank 0 looks at the
+    # others' reports meanwhile.
+    group_store = dist.PrefixStore("process_group", store.clone())
     try:
         wait_for(followers, group_store, max(launch.deadline, PATIENCE))
         process_group.join(group_store, launch.deadline, job.device)

@@ -7,7 +7,8 @@ machines. Only names, paths, numbers and the results of methods cross between pr
 
 import contextlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import wait
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from quartet.distributed.sharding import is_sharded, local_tensor
 from quartet.errors import QuartetError, StateMisfit
 from quartet.io.activity import activity
 from quartet.io.heap import return_freed_memory
-from quartet.io.threads import Abandoned, BackgroundThread, result_of
+from quartet.io.threads import WAKE_SECONDS, Abandoned, BackgroundThread
 from quartet.loops.progress import Progress
 from quartet.stages.protocol import Stage, StageRun, Summary
 from quartet.training.checkpoint import (
@@ -275,9 +276,13 @@ class WorkerThread:
         self._is_busy = False
         """Whether a call is under way, or was when its caller was interrupted."""
 
-    def call(self, name: str, *args: Any) -> Any:
+    def call(self, name: str, *args: Any, watch: Callable[[], None] = lambda: None) -> Any:
         """Return what a method returns. While another call is under way, whose caller was
-        interrupted, a further thread makes this one."""
+        interrupted, a further thread makes this one.
+
+        `watch` is called again and again meanwhile, and may raise an error: the call, which may be
+        in native code, is then left under way.
+        """
         was_busy = self._is_busy
         if was_busy:
             self._threads.append(BackgroundThread("worker, after an interruption"))
@@ -285,10 +290,14 @@ class WorkerThread:
             self._threads.append(BackgroundThread("worker"))
         # Before the call is handed over: an interruption in between must not leave it unnoticed.
         self._is_busy = True
+        future = self._threads[-1].start(partial(getattr(self.worker, name), *args))
         try:
-            result = result_of(self._threads[-1].start(partial(getattr(self.worker, name), *args)))
+            while not future.done():
+                wait([future], WAKE_SECONDS)
+                watch()
+            result = future.result()
         except Exception:
-            self._is_busy = was_busy
+            self._is_busy = was_busy or not future.done()
             raise
         self._is_busy = was_busy
         return result
