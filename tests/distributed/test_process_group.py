@@ -4,13 +4,15 @@ import json
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from quartet.distributed.balance import MicroBatch, micro_batches, shares
-from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
+from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup, TorchProcessGroup
 from quartet.models.precision import compute_in
 from tests.support import muon_rank, rounding_rank
 from tests.support.rank import LENGTHS, run
@@ -110,6 +112,38 @@ def test_alone_the_pieces_are_the_micro_batches():
         LENGTHS, 32
     )
     assert all(piece.counts for piece in SINGLE_PROCESS.micro_batches(LENGTHS, 32))
+
+
+def test_a_rank_whose_rows_did_not_use_a_parameter_adds_nothing_to_its_gradient(monkeypatch):
+    """As with an expert that no token of a rank is sent to. A parameter that no rank used stays without a gradient."""
+    used = [{0, 1}, {1, 2}]
+    ranks = [[torch.nn.Parameter(torch.zeros(n)) for n in (2, 3, 2, 4)] for _ in used]
+    for rank, parameters in enumerate(ranks):
+        for number in used[rank]:
+            parameters[number].grad = torch.full_like(parameters[number], rank + 1.0)
+    barrier, sent = threading.Barrier(2, timeout=10), {}
+
+    def all_reduce(tensor, group):
+        sent[group] = tensor.clone()
+        barrier.wait()
+        assert sent[0].shape == sent[1].shape
+        barrier.wait()
+        tensor.copy_(sent[0] + sent[1])
+        barrier.wait()
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+
+    def reduce(rank):
+        group = TorchProcessGroup(rank, 2)
+        group.group = rank
+        group.all_reduce_gradients(ranks[rank])
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(reduce, range(2)))
+    for parameters in ranks:
+        first, second, third, fourth = (p.grad for p in parameters)
+        assert first.tolist() == [1, 1] and second.tolist() == [3, 3, 3]
+        assert third.tolist() == [2, 2] and fourth is None
 
 
 @pytest.mark.slow

@@ -279,7 +279,7 @@ class TorchProcessGroup(ProcessGroup):
         return signal
 
     def all_reduce_gradients(self, parameters: Iterable[Tensor]) -> None:
-        gradients = [p.grad for p in parameters if p.grad is not None and not is_sharded(p)]
+        gradients = self._gradients_of_any([p for p in parameters if not is_sharded(p)])
         for dtype in sorted({gradient.dtype for gradient in gradients}, key=str):
             for bucket in _buckets([g for g in gradients if g.dtype == dtype]):
                 flat = torch.cat([gradient.flatten() for gradient in bucket])
@@ -287,6 +287,21 @@ class TorchProcessGroup(ProcessGroup):
                 sums = flat.split([gradient.numel() for gradient in bucket])
                 for gradient, summed in zip(bucket, sums, strict=True):
                     gradient.copy_(summed.view_as(gradient))
+
+    def _gradients_of_any(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """Return the gradients of the parameters that have one on any rank. A rank that has none
+        for such a parameter, because its rows did not use it, gets one of zeros: otherwise ranks
+        would send tensors of other lengths, or of other parameters."""
+        used = torch.tensor([p.grad is not None for p in parameters], dtype=torch.bool)
+        if parameters:
+            self.all_reduce(used)
+        gradients = []
+        for parameter, is_used in zip(parameters, used.tolist(), strict=True):
+            if is_used:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                gradients.append(parameter.grad)
+        return gradients
 
 
 class _Signals:

@@ -140,7 +140,8 @@ def _process_workers(
             followers = start_followers(world_size, port, arguments, log)
     # A connection of its own: while groups are made, a thread waits in it, and rank 0 looks at the
     # others' reports meanwhile.
-    group_store = dist.PrefixStore("process_group", store.clone())
+    connection: dist.Store = store.clone()  # type: ignore[attr-defined]
+    group_store = dist.PrefixStore("process_group", connection)
     try:
         wait_for(followers, group_store, max(launch.deadline, PATIENCE))
         process_group.join(group_store, launch.deadline, job.device)
