@@ -11,6 +11,7 @@ from quartet.algorithms.presets import ALGORITHMS
 from quartet.assembly import build
 from quartet.config.toml import read_settings
 from quartet.data.sampler import Sampler
+from quartet.distributed.process_group import TorchProcessGroup
 from quartet.errors import NonFinite
 from quartet.generation.native import NativeGenerator
 from quartet.generation.sampling import Sampling
@@ -256,6 +257,32 @@ def test_memory_that_is_never_enough_fails_after_a_few_times():
     with pytest.raises(torch.OutOfMemoryError):
         made.score(rollouts(), PPO)
     assert made.budget.halvings == MAX_HALVINGS
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_memory_that_ends_on_ranks_is_not_tried_again_and_what_to_set_is_said(world_size):
+    """Other ranks would wait, and the FSDP of a single rank would not wait for gradients any more."""
+    budget, attempts = Budget(256, TorchProcessGroup(0, world_size)), []
+
+    def tight(tokens):
+        attempts.append(tokens)
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried hard.")
+
+    sentence = "in the update with 256 tokens at once .CUDA out of memory.. .* = 128, and resume"
+    with pytest.raises(torch.OutOfMemoryError, match=sentence):
+        budget.run_within("the update", tight)
+    assert attempts == [256]
+
+
+def test_a_resumed_run_may_have_smaller_micro_batches():
+    for saved, halvings, now, expected in (
+        (256, 0, 128, 128),
+        (64, 2, 256, 64),
+        (256, 0, 1024, 256),
+    ):
+        budget = Budget(now)
+        budget.load_state({"tokens": saved, "halvings": halvings})
+        assert budget.tokens == expected
 
 
 def test_sft_retries_with_less_memory_and_other_errors_pass(monkeypatch):

@@ -24,8 +24,10 @@ class Budget:
     """The most tokens of one forward pass. It bounds memory and changes no result. A pass without a
     gradient keeps no activations, so it may take more.
 
-    When memory runs out both are halved for the rest of the stage, and the work is repeated. With
-    several ranks it is not: the others would wait for collectives that this rank has left.
+    When memory runs out both are halved for the rest of the stage, and the work is repeated. With a
+    process group it is not: other ranks would wait for collectives that this one has left, and
+    FSDP, also that of one rank, would wait for no gradient any more (torch 2.13: the end of a
+    backward pass that was interrupted still counts as queued).
     """
 
     def __init__(
@@ -58,13 +60,15 @@ class Budget:
                 with activity(phase.removeprefix("the ")):
                     return work(tokens)
             except RuntimeError as error:
-                if (
-                    not out_of_memory(error)
-                    or self.halvings == MAX_HALVINGS
-                    or self.tokens < 2
-                    or self.process_group.world_size > 1
-                ):
+                if not out_of_memory(error) or self.halvings == MAX_HALVINGS or self.tokens < 2:
                     raise
+                if self.process_group is not SINGLE_PROCESS:
+                    reason = str(error).partition("\n")[0].rstrip(".")
+                    raise torch.OutOfMemoryError(
+                        f"out of memory in {phase} with {tokens:,} tokens at once ({reason}). With "
+                        "several ranks or models in parts it is not tried again with fewer: set "
+                        f"optim.micro_batch_tokens = {self.tokens // 2}, and resume the run."
+                    ) from error
             self.halvings += 1
             self.tokens //= 2
             self.notes.append(
@@ -80,6 +84,7 @@ class Budget:
         return {"tokens": self.tokens, "halvings": self.halvings}
 
     def load_state(self, state: dict[str, int]) -> None:
+        """Go on with the tokens of a `state()`, or with fewer where the config says so now."""
         tokens, halvings = state["tokens"], state["halvings"]
         if (
             not isinstance(tokens, int)
@@ -88,7 +93,7 @@ class Budget:
             or halvings < 0
         ):
             raise ValueError(f"a budget of {tokens} tokens, halved {halvings} times")
-        self.tokens, self.halvings = tokens, halvings
+        self.tokens, self.halvings = min(tokens, self.tokens), halvings
 
 
 def out_of_memory(error: RuntimeError) -> bool:
