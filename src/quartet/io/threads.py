@@ -79,11 +79,13 @@ def _start(thread: threading.Thread) -> None:
         thread.start()
 
 
-def result_of(future: "Future[R]") -> R:
+def result_of(future: "Future[R]", watch: Callable[[], None] = lambda: None) -> R:
     """Return the result of a future as `future.result()` does, in a thread that may itself be
-    abandoned meanwhile."""
+    abandoned meanwhile. `watch` is called again and again while it waits, and may raise an
+    error."""
     while not future.done():
         wait([future], WAKE_SECONDS)
+        watch()
     return future.result()
 
 

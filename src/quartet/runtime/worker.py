@@ -8,7 +8,6 @@ machines. Only names, paths, numbers and the results of methods cross between pr
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import wait
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,7 @@ from quartet.distributed.sharding import is_sharded, local_tensor
 from quartet.errors import QuartetError, StateMisfit
 from quartet.io.activity import activity
 from quartet.io.heap import return_freed_memory
-from quartet.io.threads import WAKE_SECONDS, Abandoned, BackgroundThread
+from quartet.io.threads import Abandoned, BackgroundThread, result_of
 from quartet.loops.progress import Progress
 from quartet.stages.protocol import Stage, StageRun, Summary
 from quartet.training.checkpoint import (
@@ -292,10 +291,7 @@ class WorkerThread:
         self._is_busy = True
         future = self._threads[-1].start(partial(getattr(self.worker, name), *args))
         try:
-            while not future.done():
-                wait([future], WAKE_SECONDS)
-                watch()
-            result = future.result()
+            result = result_of(future, watch)
         except Exception:
             self._is_busy = was_busy or not future.done()
             raise
