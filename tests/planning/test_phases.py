@@ -173,22 +173,21 @@ def test_a_stage_with_an_adapter_ends_with_the_matrices_that_it_is_merged_into()
     assert held[1] - held[0] == pytest.approx(activations + planned.WORKING_BYTES - copies)
 
 
-def test_embeddings_in_bfloat16_are_saved_as_float32_beside_the_merged_matrices():
-    """100,000 embeddings more: 2 bytes of each are held, and 4 are written. In float32 they are written as
-    they are held."""
-    found = {}
-    for precision in ("fp32", "bf16"):
-        words = ('recipe="sft"', LORA, f"run.precision={precision}", "optim.micro_batch_tokens=1")
-        wide = ("policy.create.hidden_size=512", "policy.create.num_heads=8")
-        config = config_with(*words, *wide)
-        matrices = int(sizes(config).matrix_parameters)
-        few, more = (
-            phases(config, {"policy": n}, n, (8.0, 12.0))["sft"]
-            for n in (matrices + 100_000, matrices + 200_000)
-        )
-        found[precision] = (more - few) / 100_000
-    assert found["fp32"] == pytest.approx(4)
-    assert found["bf16"] == pytest.approx(2 + FRAGMENTATION * 4)
+@pytest.mark.parametrize(
+    ("bits", "precision", "held", "copied"),
+    [("", "fp32", 4, 0), ("", "bf16", 2, 4), ("nf4", "fp32", 4, 2), ("nf4", "bf16", 2, 0)],
+)
+def test_embeddings_are_copied_where_they_are_saved_in_another_dtype(bits, precision, held, copied):
+    """Beside the merged matrices. A model is saved in float32, one on a base in 4 bits in bfloat16."""
+    words = ['recipe="sft"', LORA, f"run.precision={precision}", "optim.micro_batch_tokens=1"]
+    words += ["policy.create.hidden_size=1024", "policy.create.num_heads=8"]
+    config = config_with(*words, *([f'policy.quantize="{bits}"'] if bits else []))
+    matrices = int(sizes(config).matrix_parameters)
+    few, more = (
+        phases(config, {"policy": n}, n, (8.0, 12.0))["sft"]
+        for n in (matrices + 100_000, matrices + 200_000)
+    )
+    assert (more - few) / 100_000 == pytest.approx(held + FRAGMENTATION * copied)
 
 
 def test_the_decoder_of_a_large_model_is_returned_before_the_update(monkeypatch):

@@ -161,7 +161,8 @@ class _Working:
         add to the one that is kept, and then two temporaries of AdamW's step. Those are whole
         tensors, which holes between activations are too small for. A stage that trains an adapter
         ends with copies of the matrices that the adapter is merged into, and of the embeddings
-        where they are held in bfloat16: a model is saved in float32.
+        where they are held in another dtype: a model is saved in float32, one in 4 bits in
+        bfloat16.
         """
         per_token = activation_bytes(
             self.model, self.config.policy.gradient_checkpointing, self.number
@@ -170,8 +171,9 @@ class _Working:
         used = WORKING_BYTES + FRAGMENTATION * min(tokens, limit) * per_token
         if self.config.policy.adapter is None:
             return used + 2 * FLOAT * self.embeddings
-        converted = self.embeddings if self.number < FLOAT else 0
-        return max(used, FRAGMENTATION * FLOAT * (self._merged() + converted))
+        saved = FLOAT if self.config.policy.quantize is None else FLOAT // 2
+        converted = self.embeddings if self.number != saved else 0
+        return max(used, FRAGMENTATION * saved * (self._merged() + converted))
 
     def sampling(self, rows: int, fragmentation: float = FRAGMENTATION) -> float:
         """Return the bytes that a decoder holds while it samples so many rows: the weights in its
