@@ -114,7 +114,7 @@ class FusedBlock:
             sizes = weight.shape if self.layer.row.norms_all_heads else weight.shape[-1:]
             # Rounded once, behind the weights, as the learner's norm is.
             exact = part.to(torch.promote_types(part.dtype, torch.float32))
-            part.copy_(rms_norm(exact, tuple(sizes), None, self.head_eps) * weight)
+            torch.mul(rms_norm(exact, tuple(sizes), None, self.head_eps), weight, out=part)
         if factors is None:
             return heads
         # Complex numbers exist for float32 and float64; bf16 is rotated in float32, as transformers
