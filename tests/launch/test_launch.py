@@ -366,13 +366,14 @@ def at_step(folder, process, stage, step):
     """The run folder, once so many steps of a stage are in the record."""
     until = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < until:
-        for run in folder.glob("runs/*/events.jsonl"):
+        for run in folder.glob("runs/[!.]*/events.jsonl"):
             if (
                 run.read_text().count(f'"stage": "{stage}"') > step
                 and f'"stage": "{stage}", "step": {step}' in run.read_text()
             ):
                 return run.parent
         time.sleep(0.01)
+    process.kill()
     raise AssertionError(process.communicate()[0])
 
 

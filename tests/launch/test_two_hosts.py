@@ -101,7 +101,7 @@ def test_a_cluster_over_both_trains_and_a_cut_cable_ends_in_a_named_rank_and_a_r
     while time.monotonic() < until:
         found = [
             f
-            for f in tmp_path.glob("runs/*/events.jsonl")
+            for f in tmp_path.glob("runs/[!.]*/events.jsonl")
             if '"stage": "ppo", "step": 3' in f.read_text()
         ]
         if found:
