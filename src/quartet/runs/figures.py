@@ -201,7 +201,9 @@ def _scores_line(series: "Series", name: str, distance: Sequence[float], color: 
 def _ends(steps: Sequence[int]) -> Spec:
     """Return what names the first and the last step of a line, which say which way it goes."""
     texts = [f"step {steps[0]}", *[""] * (len(steps) - 2), f"step {steps[-1]}"]
-    return {"mode": "lines+markers+text", "text": texts, "textposition": "top center"}
+    # Below the first step, from which a line rises.
+    places = ["bottom right", *["top center"] * (len(steps) - 1)]
+    return {"mode": "lines+markers+text", "text": texts, "textposition": places}
 
 
 def _win_rates(series: "Series", distance: Sequence[float]) -> Spec:
