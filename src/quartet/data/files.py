@@ -7,6 +7,7 @@ import gzip
 import json
 import re
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -209,7 +210,7 @@ def _object(pairs: list[tuple[str, Any]]) -> Row:
 
 def _repeated(names: Sequence[str]) -> str | None:
     """Return the first of some names that is there more than once."""
-    return next((name for number, name in enumerate(names) if name in names[:number]), None)
+    return next((name for name, count in Counter(names).items() if count > 1), None)
 
 
 def _json(path: Path) -> Iterator[tuple[str, Row]]:
