@@ -28,7 +28,7 @@ PAGES = (
     "doctor",
     "config",
 )
-DATA = ("overview", "sample?step=1&sample=0", "token?sample=0&position=1")
+DATA = ("sample?step=1&sample=0", "token?sample=0&position=1")
 WHOLE = "other-run"
 VICTIM = "damaged-run"
 

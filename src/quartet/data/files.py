@@ -190,7 +190,7 @@ def _datasets(path: Path) -> Any:
     return datasets
 
 
-class _Repeated(Exception):
+class _Repeated(DataError):
     """A JSON object that has a name more than once, of which Python would keep the last."""
 
 

@@ -121,9 +121,11 @@ COPIED_AT_ONCE = 2**24
 def copy_saved(target: Tensor, saved: Any) -> Tensor:
     """Copy a saved value into a tensor and return that tensor.
 
-    `saved` is a whole tensor, or an object that gives rows of one by slices. A sharded target takes
-    its own rows only.
+    `saved` is a whole tensor, or an object that has its shape and gives rows of it by slices. A
+    sharded target takes its own rows only. Raises ValueError where the shapes differ.
     """
+    if saved.shape != target.shape:
+        raise ValueError(f"a tensor {list(saved.shape)} was saved for one {list(target.shape)}")
     own, first = local_tensor(target), 0
     if is_sharded(target):
         # FSDP cuts the first dimension into equal parts, rounded up: the last ranks may get less.

@@ -19,7 +19,7 @@ from typing import Any
 import torch.distributed as dist
 
 from quartet.distributed.process_group import RankZeroFailed, TorchProcessGroup
-from quartet.errors import NonFinite
+from quartet.errors import NonFinite, QuartetError
 from quartet.io.threads import map_concurrently
 from quartet.launch.processes import Follower
 from quartet.launch.store import BEAT, beat_key
@@ -234,7 +234,7 @@ class ProcessWorkers:
         return answer
 
 
-class _Watched(Exception):
+class _Watched(QuartetError):
     """Rank 0 is given up in the middle of a call, because another rank has failed."""
 
     def __init__(self, failure: Exception) -> None:

@@ -41,10 +41,10 @@ class FileRows:
     def __init__(self, file: Path, name: str) -> None:
         self.file, self.name = file, name
 
-    def get_shape(self) -> list[int]:
+    @property
+    def shape(self) -> torch.Size:
         with safe_open(self.file, "pt") as opened:
-            shape: list[int] = opened.get_slice(self.name).get_shape()
-        return shape
+            return torch.Size(opened.get_slice(self.name).get_shape())
 
     def __getitem__(self, rows: slice) -> Tensor:
         with safe_open(self.file, "pt") as opened:
@@ -177,8 +177,7 @@ def _check_names(own: Mapping[str, Tensor], weights: Mapping[str, Rows], source:
                 f"{source}: has no weights for {name}, which would be random. Is its config.json "
                 "its own?"
             )
-        rows = weights[name]
-        shape = list(rows.shape if isinstance(rows, torch.Tensor) else rows.get_shape())
+        shape = list(weights[name].shape)
         if shape != list(held.shape):
             raise ModelError(
                 f"{source}: {name} has the shape {shape}, and by its config.json "

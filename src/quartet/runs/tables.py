@@ -94,7 +94,7 @@ def run_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     for header in ("run", "status", "at", "last numbers"):
         table.add_column(header, overflow="fold")
     for row in rows:
-        numbers = "  ".join(f"{label} {value}" for label, value in row["numbers"])
+        numbers = "  ".join(f"{label} {value}" for label, value, _ in row["numbers"])
         warnings = f" ▲{row['warnings']}" if row["warnings"] else ""
         at = "" if row["step"] is None else f"{row['stage'] or ''} {row['step']}"
         table.add_row(row["name"], row["status"] + warnings, at, numbers)
