@@ -149,6 +149,7 @@ def test_rows_and_a_model_given_as_objects_become_files_that_the_config_names(tm
         folder=tmp_path,
     )
     assert same.settings.config.policy.model == config.policy.model  # equal weights: stored once
+    same.close()
 
 
 def test_the_stages_before_rl_and_an_evaluation_of_two_folders(tmp_path):

@@ -405,7 +405,7 @@ def test_the_rounds_of_a_run_are_chosen_on_a_phone(page, live):
         assert page.locator(".stages [aria-current]").inner_text() in {
             "round 2",
             "ppo.2",
-            "ppo.2 2",
+            "ppo.2 2 steps",
         }
         faults[address] = page.evaluate(AUDIT)
     page.goto("/run/rounds/samples?kind=probes")
