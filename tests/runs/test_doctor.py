@@ -12,7 +12,7 @@ from quartet.assembly import build
 from quartet.config.suggestions import known_keys
 from quartet.config.toml import read_settings
 from quartet.recipes import recipe_path
-from quartet.runs import definitions, rules, training_rules
+from quartet.runs import answer_rules, definitions, rules, training_rules
 from quartet.runs.doctor import Watch, examine
 from quartet.runs.history import TOLERANCES, History
 from quartet.runs.rules import RULES
@@ -121,23 +121,23 @@ FAULTS = {
         lambda s: {"policy/entropy": 1.8 * 0.8**s, "response/most_common": min(0.95, s / 20)},
         "of prompts get the same response. Raise algorithm.kl.coef",
     ),
-    rules.duplicates: (
+    answer_rules.duplicates: (
         lambda s: {"response/most_common": min(0.95, s / 20)},
         "the policy found one that always pays",
     ),
-    rules.length_drift: (
+    answer_rules.length_drift: (
         lambda s: {"response/tokens": 20.0 + 3 * s},
         "tokens. If that is not intended",
     ),
-    rules.paid_for_length: (
+    answer_rules.paid_for_length: (
         lambda s: {"reward/length_correlation": 0.95},
         "a correlation of 0.95 over ten steps",
     ),
-    rules.repeats_itself: (
+    answer_rules.repeats_itself: (
         lambda s: {"response/repetition": min(0.9, 0.02 * s)},
         "repetition within responses went from",
     ),
-    rules.hacked: (
+    answer_rules.hacked: (
         lambda s: {"reward": 0.1 * s, "reward/gold": min(s, 24 - s) / 5.0},
         "the reward model is being fooled",
     ),
@@ -149,11 +149,11 @@ FAULTS = {
         lambda s: {"advantage/reward_correlation": 0.05 * (-1) ** s},
         "a correlation of 0.00 over ten steps: responses are paid what others and not what they earned",
     ),
-    rules.loses_held_out: (
+    answer_rules.loses_held_out: (
         lambda s: {"policy/win_rate": 0.95 - 0.04 * s},
         "the win rate on held-out prompts fell from 87% to",
     ),
-    rules.forgets: (
+    answer_rules.forgets: (
         lambda s: {"policy/sft_perplexity": 5.0 + 2 * s, "policy/win_rate": 0.5},
         "went from 7 to",
     ),
@@ -164,7 +164,7 @@ FAULTS = {
     ),
 }
 BESIDE = {
-    rules.entropy_collapse: {rules.duplicates},
+    rules.entropy_collapse: {answer_rules.duplicates},
 }
 """What a fault brings along."""
 
@@ -211,7 +211,7 @@ def test_more_reward_for_answers_that_lose_is_a_finding_of_the_evaluation():
         return dict(watch.finish(evaluated(*measured)))
 
     [(rule, sentence)] = found((0.5, 2.0), (0.25, -1.0), 0.3).items()
-    assert rule is rules.worse_for_more_reward
+    assert rule is answer_rules.worse_for_more_reward
     assert "reward rose from 0.50 to 2.00" in sentence and "from 0.25 to -1.00" in sentence
     assert "they win 20% to 40%" in sentence
     assert found((0.5, 2.0), (0.25, -1.0), 0.45) == {}  # the interval includes ½
@@ -227,7 +227,7 @@ def test_a_change_of_length_is_told_from_a_reward_for_length():
                 "reward/length_correlation": correlation,
             }
         )
-        return found[rules.length_drift][1]
+        return found[answer_rules.length_drift][1]
 
     assert "so the reward pays for it" in said(0.6)
     assert "not length that the reward pays for" in said(-0.6)
@@ -425,7 +425,9 @@ def test_where_responses_earn_the_same_the_critic_and_the_advantages_are_not_bla
 
 def test_a_remedy_names_settings_as_they_are_written():
     """A key that is cut short, such as kl.coef, is refused by the config."""
-    sources = [inspect.getsource(module) for module in (rules, training_rules, definitions)]
+    sources = [
+        inspect.getsource(module) for module in (rules, answer_rules, training_rules, definitions)
+    ]
     texts = [
         node.value
         for node in ast.walk(ast.parse("\n".join(sources)))

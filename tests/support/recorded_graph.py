@@ -18,13 +18,14 @@ WAITS = frozenset({"_local_scalar_dense", "item", "nonzero", "equal", "is_nonzer
 
 
 class Stream:
-    """A stream on which nothing is ordered."""
+    """A stream on which nothing is ordered. It keeps which streams it was told to wait for."""
 
     def __init__(self, device: Any = None) -> None:
         self.device = device
+        self.waited: list[Stream] = []
 
     def wait_stream(self, other: "Stream") -> None:
-        pass
+        self.waited.append(other)
 
 
 class Graph(TorchDispatchMode):
@@ -60,7 +61,11 @@ class Graph(TorchDispatchMode):
     def attend(self, *args: Any, **named: Any) -> Any:
         """Record attention as one kernel: its stand-in reads lengths on the host."""
         self.paused = True
-        out = self.attention(*args, **named)
+        try:
+            out = self.attention(*args, **named)
+        except RuntimeError:
+            self.failed = True
+            raise
         self.paused = False
         self.repeats.append(lambda: _numbers(out).copy_(_numbers(self.attention(*args, **named))))
         return out

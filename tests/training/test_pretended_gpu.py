@@ -46,7 +46,7 @@ from quartet.training.learner import Learner
 from quartet.training.optim import Optim, Optimizer, OptimizerConfig
 from tests.support.decoding_cost import cost_of_a_token
 from tests.support.pretended_device import CUDA, Pretended, on_device, pretended
-from tests.support.recorded_graph import graphs
+from tests.support.recorded_graph import Graph, graphs
 from tests.support.world import model, prompts, rollout, tokenizer
 
 BF16 = torch.bfloat16
@@ -464,6 +464,35 @@ def test_a_step_is_recorded_beside_threads_that_train_and_on_one_stream(monkeypa
     assert len(made) == 2 and {graph.mode for graph in made} == {"thread_local"}
     [stream] = {graph.stream for graph in made}
     assert stream.device == CUDA
+    [main] = set(stream.waited)
+    assert main.device == "main" and set(main.waited) == {stream}
+    # before and after each step that is computed there, and each recording
+    assert len(stream.waited) == len(main.waited) == 2 * slots.WARM_UPS + 2
+
+
+def test_memory_that_ends_while_a_step_is_recorded_is_said_as_that(monkeypatch):
+    """The end of the recording raises an error of its own, which says only that there was one before."""
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    begin = Graph.capture_begin
+
+    def begun(graph, capture_error_mode):
+        begin(graph, capture_error_mode)
+        graph.attention, graph.real = full, graph.attention
+
+    def ended(graph):
+        graph.attention = graph.real
+        end(graph)
+
+    end = Graph.capture_end
+    monkeypatch.setattr(Graph, "capture_begin", begun)
+    monkeypatch.setattr(Graph, "capture_end", ended)
+    with pretended(), torch.inference_mode(), graphs(monkeypatch.setattr):
+        with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+            decoded()
+        assert not slots._NOT_RECORDED, "it may be recorded where there is more memory"
 
 
 def test_what_ends_within_two_steps_is_not_recorded(monkeypatch):

@@ -202,12 +202,12 @@ def compare(
 ) -> None:
     """Print runs side by side: their last metrics and the settings that differ."""
     from quartet.runs.tables import comparison
-    from quartet.studio.views import differences, headline
+    from quartet.studio.views import differences, last_numbers
 
     if len(folders) < 2:
         refuse("compare needs two runs or more.")
     opened = [_run(folder) for folder in folders]
-    results = [{label: value for label, value, _ in headline(run)} for run in opened]
+    results = [last_numbers(run) for run in opened]
     labels = dict.fromkeys(label for result in results for label in result)
     names = [run.name for run in opened]
     rows = [(label, [result.get(label, "–") for result in results]) for label in labels]

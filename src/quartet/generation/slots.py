@@ -36,8 +36,8 @@ WARM_UPS = 2
 """Steps of so many slots before one is recorded: kernels are chosen, and workspaces allocated, at
 first use. What ends sooner is not recorded at all."""
 ROOM = 2**29
-"""Free memory of a GPU, in bytes beside the logits, without which cached memory is freed before a
-step is recorded: meanwhile torch's allocator cannot free any."""
+"""Free memory of a GPU, in bytes beside some copies of the logits, without which cached memory is
+freed before a step is recorded: meanwhile torch's allocator cannot free any."""
 
 
 def bucket(count: int, smallest: int, largest: int) -> int:
@@ -117,13 +117,13 @@ class SlotDecoder(FusedDecoder):
         self._resize(self.rows, self.longest + 1)
         count = bucket(self.rows, SMALLEST, self.slots)
         self.tokens[: self.rows] = tokens
-        logits = self._appended(count)
+        logits = self._next_logits(count)
         self.longest += 1
         return logits[: self.rows]
 
-    def _appended(self, count: int) -> Float[Tensor, "n V"]:
-        """Compute a step of so many slots: on a GPU by the replay of a graph, once some steps have
-        been computed without one.
+    def _next_logits(self, count: int) -> Float[Tensor, "n V"]:
+        """Compute a step of so many slots and return its logits: on a GPU by the replay of a graph,
+        once some steps have been computed without one.
 
         Where a step cannot be recorded, its kernels are asked for one by one, and the log says so.
         """
@@ -180,8 +180,8 @@ class SlotDecoder(FusedDecoder):
         """
         graph = torch.cuda.CUDAGraph()
         with self._beside():
-            needed = ROOM + 8 * 4 * count * len(self.embedding.table)
-            if torch.cuda.mem_get_info(self.device)[0] < needed:
+            logits_bytes = torch.float32.itemsize * count * len(self.embedding.table)
+            if torch.cuda.mem_get_info(self.device)[0] < 8 * logits_bytes + ROOM:
                 torch.cuda.empty_cache()
             # "thread_local": another thread may train meanwhile, and may ask for memory.
             graph.capture_begin(capture_error_mode="thread_local")

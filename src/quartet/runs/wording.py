@@ -53,21 +53,16 @@ def number(value: Any, digits: int = 3) -> str:
 def aligned(values: Sequence[Any]) -> list[str]:
     """Return numbers that stand together as text, with the decimals that give the largest three
     digits: 0.00937 and 1.54 are 0.01 and 1.54. Beyond 0.001 to 10⁶ each is written alone."""
-    sizes = [
-        abs(v)
-        for v in values
-        if isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v)
-    ]
-    largest = max(sizes, default=0.0)
+    largest = max((abs(v) for v in values if _is_finite(v)), default=0.0)
     if not 0.001 <= largest < 1e6 or all(isinstance(v, int) or v is None for v in values):
         return [number(v) for v in values]
     decimals = max(0, 2 - math.floor(math.log10(largest)))
-    return [
-        f"{v:z,.{decimals}f}".replace("-", "−")
-        if isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v)
-        else number(v)
-        for v in values
-    ]
+    return [f"{v:z,.{decimals}f}".replace("-", "−") if _is_finite(v) else number(v) for v in values]
+
+
+def _is_finite(value: Any) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and math.isfinite(value)
 
 
 def stage_summary(summary: Mapping[str, Any] | None) -> list[str]:

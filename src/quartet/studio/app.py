@@ -402,7 +402,7 @@ class Pages:
             differences=views.differences([run.config for run in chosen])
             if len(chosen) > 1
             else [],
-            numbers=[{label: value for label, value, _ in views.headline(run)} for run in chosen],
+            numbers=[views.last_numbers(run) for run in chosen],
             answers=same_prompts(chosen),
         )
 

@@ -185,6 +185,11 @@ def headline(run: Run) -> list[tuple[str, str, str]]:
     return numbers
 
 
+def last_numbers(run: Run) -> dict[str, str]:
+    """Return the last values of `headline` by their labels."""
+    return {label: value for label, value, _ in headline(run)}
+
+
 def failure(run: Run) -> str:
     """Return the error of a run that failed; nothing of any other."""
     last = run.events[-1] if run.events else {}
