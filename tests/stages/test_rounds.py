@@ -139,7 +139,7 @@ def test_rl_steps_count_on_and_readers_show_every_round(run):
     rules = {"reference_differs", "does_not_start_at_the_reference"}
     assert not [finding for finding in examine(run) if finding.rule in rules]
     page = report(run)
-    assert "reward_model.2" in page and "ppo.2" in page
+    assert ">reward model.2</h2>" in page and ">ppo.2</h2>" in page
     labelled = labelled_run(run)
     assert labelled.wanted == 48 and len(labelled.labels) == 48 and not labelled.problems
     assert labels_path(run.path) == run.path / "label" / "labels.jsonl"
