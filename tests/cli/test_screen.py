@@ -146,6 +146,15 @@ def test_a_warning_that_repeats_is_printed_once_and_counted():
     assert shown(Started(STAGE, 1, 1), *other, Finished(STAGE, {}, 1.0)).count("▲") == 2
 
 
+def test_a_warning_of_an_evaluation_has_no_step():
+    class Evaluation(Quiet):
+        name = title = "evaluation"
+
+    stage = Evaluation()
+    lines = shown(Started(stage, 1, 1), Warned(stage, 2, "answers are worse")).splitlines()
+    assert "     ▲ answers are worse" in lines
+
+
 def test_in_a_pipe_lines_become_rarer_and_the_last_comes_once(monkeypatch):
     now = [0.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])

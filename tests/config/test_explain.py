@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from quartet.config.explain import setting_in_words
+from quartet.config.explain import setting_in_words, types_of
 from quartet.config.suggestions import description_of, known_keys
 from quartet.errors import QuartetError
 from tests.support.command import quartet
@@ -32,6 +32,16 @@ def test_a_table_lists_its_types_and_keys():
     assert "  optim.critic_lr" in "\n".join(
         line[:17] for line in setting_in_words("optim").split("\n")
     )
+
+
+def test_the_type_of_a_part_is_explained_by_what_there_is():
+    lines = setting_in_words("critic.type").splitlines()
+    assert lines[0] == 'critic.type   "separate" or "shared"'
+    assert [line.split("   ")[0].strip() for line in lines[1:]] == [
+        'type = "separate"',
+        'type = "shared"',
+    ]
+    assert len(setting_in_words("reward.type").splitlines()) == 1 + len(types_of("reward"))
 
 
 @pytest.mark.parametrize("key", known_keys())

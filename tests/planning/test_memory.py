@@ -20,12 +20,16 @@ from quartet.models.forward import masked_logprobs
 from quartet.models.language_model import create
 from quartet.models.shape import Shape
 from quartet.models.trunk import checkpoint_blocks
-from quartet.planning.gpu_memory import workload
+from quartet.planning.gpu_memory import (
+    micro_batch_tokens,
+    tokens_that_fit,
+    training_memory,
+    workload,
+)
 from quartet.planning.memory import (
     Sizes,
     activation_bytes,
     cpu_micro_batch,
-    micro_batch_tokens,
     policy_parameters,
     scoring_tokens,
     sizes,
@@ -135,32 +139,65 @@ def test_on_a_cpu_the_activations_of_a_micro_batch_are_bounded():
     # Without a gradient there is one block's at a time.
     assert scoring_tokens(wide, 380) == 2048 and scoring_tokens(wide, 3000) == 3000
     wider = of_width(4000)
-    assert micro_batch_tokens(wider, None, None) == 256 < scoring_tokens(wider, 256) < 2048
+    assert micro_batch_tokens(wider, None) == 256 < scoring_tokens(wider, 256) < 2048
     # A critic with a trunk of its own has its activations when the actor's are gone.
-    assert micro_batch_tokens(wide, None, None) == micro_batch_tokens(shared, None, None) < 2048
+    assert micro_batch_tokens(wide, None) == micro_batch_tokens(shared, None) < 2048
 
 
 def test_the_setting_wins_and_a_gpu_gets_what_its_memory_holds():
     chosen, asked = config_with(), config_with("optim.micro_batch_tokens=999")
-    parameters = policy_parameters(chosen, 320)
     assert (
-        micro_batch_tokens(asked, parameters, None)
-        == micro_batch_tokens(asked, parameters, 80e9)
+        micro_batch_tokens(asked, None)
+        == micro_batch_tokens(asked, 80e9)
         == 999
         == scoring_tokens(asked, 999)
     )
-    assert micro_batch_tokens(chosen, parameters, None) == 2048
-    roomy, tight = (micro_batch_tokens(chosen, parameters, free) for free in (2e9, 0.4e9))
+    assert micro_batch_tokens(chosen, None) == 2048
+    roomy, tight = (micro_batch_tokens(chosen, free) for free in (2e9, 0.4e9))
     assert 2048 < tight < roomy <= 2**16
-    assert micro_batch_tokens(chosen, parameters, 0.0) == 2048
+    assert micro_batch_tokens(chosen, 0.0) == 2048
     many = config_with("launch.shard=true", "launch.processes=8")
-    assert micro_batch_tokens(many, parameters, 0.4e9, world=8) > tight, (
+    assert micro_batch_tokens(many, 0.4e9, world=8) > tight, (
         "an eighth of the weights leaves more room"
     )
-    assert (
-        micro_batch_tokens(config_with("policy.gradient_checkpointing=true"), parameters, 0.4e9)
-        > tight
+    assert micro_batch_tokens(config_with("policy.gradient_checkpointing=true"), 0.4e9) > tight
+
+
+def peak(work, tokens):
+    return sum(training_memory(dataclasses.replace(work, micro_tokens=tokens), 1).values())
+
+
+def test_the_chosen_micro_batch_takes_half_of_what_the_plan_leaves_it():
+    config = of_width(1000)
+    tokens, work = micro_batch_tokens(config, 8e9), workload(config)
+    assert 2048 < tokens < 2**16
+    left = 8e9 - peak(work, 1)
+    assert peak(work, tokens) - peak(work, 1) == pytest.approx(left / 2, rel=0.01)
+
+
+def test_adapters_leave_room_for_tokens():
+    """They have no gradients and moments of the trunk."""
+    full, adapter = of_width(2000), of_width(2000, "policy.adapter.rank=8")
+    assert micro_batch_tokens(adapter, 16e9) > 2 * micro_batch_tokens(full, 16e9)
+
+
+def test_the_logits_of_a_large_vocabulary_take_room():
+    """3 copies of an eighth of the logits, in float32, beside what a token has without them."""
+    work = dataclasses.replace(workload(of_width(2000)), beside=0)  # no gradients of embeddings
+    few, many = (dataclasses.replace(work, vocabulary=words) for words in (80, 262_144))
+    without, with_logits = (
+        80e9 / tokens_that_fit(each, 1, 80e9 + peak(each, 1)) for each in (few, many)
     )
+    assert with_logits - without == pytest.approx(3 * 4 * (262_144 - 80) / 8, rel=0.02)
+
+
+def test_a_reward_model_that_is_larger_than_the_policy_bounds_the_micro_batch(tmp_path):
+    shape = dataclasses.replace(SHAPE, hidden_size=1024)
+    create(shape, tokenizer(), 0).save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    adapter = ("policy.create.hidden_size=64", "policy.adapter.rank=8")
+    alone, beside = config_with(*adapter), config_with(*adapter, f"reward_model.model={tmp_path}")
+    assert micro_batch_tokens(alone, 2e9) > micro_batch_tokens(beside, 2e9) > 2048
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])

@@ -25,6 +25,7 @@ from quartet.models.actor_critic import freeze
 from quartet.models.precision import compute_in, dtype_of
 from quartet.rewards.objects import ObjectSource
 from quartet.runs.reader import Run
+from quartet.runs.wording import where
 from quartet.runtime.events import Advanced, Event, Finished, Started, Warned
 from quartet.runtime.interruption import Interrupted, Interruption
 from quartet.runtime.lifecycle import (
@@ -235,7 +236,7 @@ class TrainingRun:
         elif isinstance(event, Finished):
             self.summaries[event.stage.name] = event.summary
         elif isinstance(event, Warned):
-            self.warnings.append(f"{event.stage.title}, step {event.step}: {event.sentence}")
+            self.warnings.append(f"{where(event.stage.name, event.step)}: {event.sentence}")
             if self._screen is None:
                 print(f"▲ {self.warnings[-1]}", file=sys.stderr)
         elif isinstance(event, Noted):

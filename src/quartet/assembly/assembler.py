@@ -38,7 +38,8 @@ from quartet.models.chat import set_chat_template, set_template_variables
 from quartet.models.heads import AdaptedScalar, ScalarModel
 from quartet.models.language_model import ModelError, load_tokenizer
 from quartet.models.quantize import bitsandbytes
-from quartet.planning.memory import micro_batch_tokens, policy_parameters, scoring_tokens
+from quartet.planning.gpu_memory import micro_batch_tokens
+from quartet.planning.memory import policy_parameters, scoring_tokens
 from quartet.recording.tokens import TokenTexts
 from quartet.recording.trackers import check_trackers
 from quartet.rewards.combine import EnsembleReward
@@ -211,7 +212,7 @@ class Assembler:
         world_size, memory = self.process_group.world_size, None
         if self.device.type == "cuda":
             memory = torch.cuda.mem_get_info(self.device)[world_size > 1]
-        return micro_batch_tokens(self.config, self._policy_parameters(), memory, world_size)
+        return micro_batch_tokens(self.config, memory, world_size, len(self.tokenizer))
 
     def _policy_parameters(self) -> int | None:
         return policy_parameters(self.config, len(self.tokenizer))

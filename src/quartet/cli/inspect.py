@@ -364,6 +364,7 @@ def doctor(
         return
     from quartet.runs.doctor import diagnose, unread
     from quartet.runs.rules import RULES
+    from quartet.runs.wording import where
 
     run = _run(run_folder)
     diagnosis = diagnose(run)
@@ -371,8 +372,8 @@ def doctor(
     if as_json:
         print_json([dataclasses.asdict(finding) for finding in findings])
     for finding in () if as_json else findings:
-        where = f"{finding.stage}, step {finding.step}: " if finding.stage else ""
-        console.print(f"▲ {where}{finding.sentence}", style="yellow", soft_wrap=True)
+        place = f"{where(finding.stage, finding.step)}: " if finding.stage else ""
+        console.print(f"▲ {place}{finding.sentence}", style="yellow", soft_wrap=True)
         console.print(f"  {finding.rule}. {finding.why}", style="dim", soft_wrap=True)
     if findings:
         raise typer.Exit(CHECK_FAILED)

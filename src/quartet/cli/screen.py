@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from quartet.io.activity import Activity, activities, activity
-from quartet.runs.wording import EMPTY, MEASURES
+from quartet.runs.wording import EMPTY, MEASURES, steps_in_words
 from quartet.runtime.interruption import GRACE_SECONDS
 from quartet.stages.kinds import kind_of
 
@@ -151,9 +151,9 @@ class Screen:
             self.warnings[kind] = step, more + 1
             return
         self.warnings[kind] = event.step, 0
-        self.console.print(
-            Text(f"     ▲ step {event.step}: {event.sentence}", style="yellow"), soft_wrap=True
-        )
+        place = steps_in_words(event.stage.name, event.step)
+        words = f"{place}: {event.sentence}" if place else event.sentence
+        self.console.print(Text(f"     ▲ {words}", style="yellow"), soft_wrap=True)
 
     def _finished(self, event: Any) -> None:
         kind = kind_of(event.stage.name)

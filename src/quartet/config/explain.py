@@ -5,7 +5,7 @@ import inspect
 import re
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from quartet.config.suggestions import about_unknown, declarations, description_of, known_keys
@@ -24,11 +24,15 @@ def setting_in_words(key: str) -> str:
     if key not in known_keys():
         _, message = about_unknown(key.split("."), None, {})
         raise QuartetError(f"{key}: {message}")
-    lines, classes = headlines(key), _classes_of(key)
+    table, _, last = key.rpartition(".")
+    if last == "type" and (types := types_of(table)):
+        return "\n".join(
+            [f"{key}   {one_of_them([_value(each) for each in types])}", *_types(types)]
+        )
+    lines = headlines(key)
     if meaning := meaning_of(key):
         lines.append(meaning)
-    if len(classes) > 1:
-        lines += [f'  type = "{_type(each)}"   {_first(each.__doc__ or "")}' for each in classes]
+    lines += _types(types_of(key))
     width = max((len(inner) for inner in inside(key)), default=0)
     for inner in inside(key):
         if not inner.endswith(".type"):
@@ -59,6 +63,12 @@ def types_of(key: str) -> dict[str, str]:
     """Return the types of a part with the first sentence of each; none if the key is no part."""
     classes = _classes_of(key)
     return {_type(each): _first(each.__doc__ or "") for each in classes} if len(classes) > 1 else {}
+
+
+def _types(types: Mapping[str, str]) -> list[str]:
+    """Return a line for each type of a part."""
+    width = max(map(len, types), default=0) + 2
+    return [f"  type = {_value(name):{width}}   {meaning}" for name, meaning in types.items()]
 
 
 def inside(key: str) -> list[str]:

@@ -17,6 +17,7 @@ from quartet.planning.gpu_memory import (
     load_peak,
     memory_between_updates,
     native_generation,
+    tokens_that_fit,
     training_memory,
     workload,
 )
@@ -199,7 +200,7 @@ def plan_cluster(config: Config, cluster: Cluster) -> ClusterPlan:
     best = min(feasible, key=lambda split: split.step.middle)
     work = work.on(cluster.gpu, best.trainers)
     memory = training_memory(work, best.trainers, meanwhile=best.generators > 0)
-    left = cluster.gpu.memory * (1 - RESERVED) - sum(memory.values()) + memory["activations"]
+    room = cluster.gpu.memory * (1 - RESERVED)
     hours = [
         config.run.steps * seconds * cluster.count / 3600
         for seconds in (best.step.best, best.step.worst)
@@ -213,7 +214,7 @@ def plan_cluster(config: Config, cluster: Cluster) -> ClusterPlan:
         load_peak(work, best.trainers),
         push_bytes(work) if best.generators or work.served else 0.0,
         Span(*hours),
-        int(left / (memory["activations"] / work.micro_tokens)),
+        tokens_that_fit(work, best.trainers, room, meanwhile=best.generators > 0),
     )
 
 

@@ -13,15 +13,18 @@ from quartet.config.tables import Config, SharedCritic
 from quartet.generation.source import Servers
 from quartet.planning.hardware import GB, HOST, RESERVED, CannotFit, Gpu
 from quartet.planning.memory import (
+    CPU_MICRO_BATCH,
     FLOAT,
     NF4_BYTES,
     Sizes,
     activation_bytes,
     adapter_parameters,
-    micro_batch_tokens,
+    folder_sizes,
+    micro_batch_on_cpu,
     number_bytes,
     policy_parameters,
     reference_share,
+    reward_model_parameters,
     row_cache_bytes,
     sizes,
     trained_bytes,
@@ -29,6 +32,9 @@ from quartet.planning.memory import (
 from quartet.planning.plan import row_tokens, vocabulary
 from quartet.training.optimizer_types import OptimizerType
 
+SHARE, MOST_TOKENS = 0.5, 2**16
+"""The share of the memory that is left which a micro-batch that the program chooses may take, and
+the most tokens that it has."""
 SAMPLING_COPIES = 7.0
 """Numbers of 4 bytes that drawing a token holds at once for each row and word of the vocabulary.
 Counted."""
@@ -144,14 +150,14 @@ class Workload:
             return self
         launch = dataclasses.replace(config.launch, shard=ranks > 1)
         config = dataclasses.replace(config, launch=launch)
-        tokens = micro_batch_tokens(config, self.parameters, gpu.memory, ranks)
+        tokens = micro_batch_tokens(config, gpu.memory, ranks)
         return dataclasses.replace(self, micro_tokens=tokens)
 
 
-def workload(config: Config) -> Workload:
+def workload(config: Config, words: int | None = None) -> Workload:
     """Return the workload of a config's RL stage on GPUs. Raises ValueError where there is none, or
-    where the size of the policy is not known."""
-    base = stage_workload(config)
+    where the size of the policy is not known. `words` as in `stage_workload`."""
+    base = stage_workload(config, words=words)
     if base is None or not config.algorithm:
         raise ValueError(
             "the size of the policy is not known, or there is no RL stage: name a folder, or "
@@ -163,9 +169,7 @@ def workload(config: Config) -> Workload:
     reward_models = members if config.reward_model_source is not None else 0
     if base.adapter is not None and config.reward_model.model is None and config.reward_models:
         reward_models = 0  # an adapter on the policy's trunk
-    reference = 0.0
-    if algorithm.needs_reference and (base.adapter is None or config.reference.model is not None):
-        reference = reference_share(config, base.parameters)
+    reference = _reference(config, base) if algorithm.needs_reference else 0.0
     return dataclasses.replace(
         base,
         learners=1 + own_critic,
@@ -176,10 +180,21 @@ def workload(config: Config) -> Workload:
     )
 
 
-def stage_workload(config: Config, optimizer: OptimizerType | None = None) -> Workload | None:
+def _reference(config: Config, base: Workload) -> float:
+    """Return the size of the reference over the policy's; 0 if it is the trunk under adapters."""
+    if base.adapter is not None and config.reference.model is None:
+        return 0.0
+    return reference_share(config, base.parameters)
+
+
+def stage_workload(
+    config: Config, optimizer: OptimizerType | None = None, words: int | None = None
+) -> Workload | None:
     """Return the workload of a stage that trains the policy alone, with an optimizer, the RL
-    stage's if it is None. None where the size of the policy is not known."""
-    parameters, model = policy_parameters(config, vocabulary(config)), sizes(config)
+    stage's if it is None. None where the size of the policy is not known. `words` is the size of
+    the vocabulary; None takes what the config says."""
+    words = words or vocabulary(config)
+    parameters, model = policy_parameters(config, words), sizes(config)
     if not parameters or not model:
         return None
     prompt, response = row_tokens(config)
@@ -202,12 +217,33 @@ def stage_workload(config: Config, optimizer: OptimizerType | None = None) -> Wo
         offload=config.run.offload,
         trained_bytes=trained / (parameters if adapter is None else adapter),
         number=number_bytes(config, on_gpu=True),
-        vocabulary=vocabulary(config) or model.vocabulary or beside // (2 * model.hidden),
+        vocabulary=words or model.vocabulary or beside // (2 * model.hidden),
         adapter=adapter,
         in_4_bits=config.policy.quantize is not None,
         served=isinstance(config.generator, Servers),
         sends_weights=isinstance(config.generator, Servers) and config.generator.sends_weights,
         config=config,
+    )
+
+
+def reward_model_workload(config: Config, base: Workload, scorer: int) -> Workload:
+    """Return the workload of a reward model's stage, which holds the policy to be centred on its
+    responses; an adapter shares the policy's trunk."""
+    settings = config.reward_model
+    if settings.model is None:
+        work = stage_workload(config, settings.optimizer) or base
+        return work if work.adapter is not None else dataclasses.replace(work, frozen=1)
+    model = folder_sizes(settings.model) or base.model
+    return dataclasses.replace(
+        base,
+        parameters=scorer,
+        model=model,
+        beside=max(int(scorer - model.matrix_parameters), 0),
+        frozen=base.parameters / scorer,
+        trained_bytes=trained_bytes(settings.optimizer, model, scorer) / scorer,
+        vocabulary=model.vocabulary or base.vocabulary,
+        adapter=None,
+        in_4_bits=False,
     )
 
 
@@ -267,6 +303,43 @@ TRANSIENT = frozenset(
     {"activations", "logits", "gathered weights", "rounded weights", "gradients of embeddings"}
 )
 """Roles that are there during an update only."""
+
+
+def tokens_that_fit(
+    work: Workload, ranks: int, room: float, meanwhile: bool = False, share: float = 1.0
+) -> int:
+    """Return the tokens of the largest micro-batch whose activations and logits fit into a share of
+    what an update leaves of `room` bytes beside them; 0 or less if it leaves nothing."""
+
+    def peak(tokens: int) -> float:
+        computed = dataclasses.replace(work, micro_tokens=tokens)
+        return sum(training_memory(computed, ranks, meanwhile).values())
+
+    fixed, many = peak(1), 2**20
+    return int(share * (room - fixed) / ((peak(many) - fixed) / many))
+
+
+def micro_batch_tokens(
+    config: Config, memory: float | None, world: int = 1, words: int | None = None
+) -> int:
+    """Return the tokens of a micro-batch, for all stages of a run: the setting, or as many as suit
+    the machine.
+
+    On a GPU that is as many as fit into half of what the stage that takes most leaves. `memory` is
+    the GPU's free memory, None on a CPU; `world` is the number of ranks, which may hold the models
+    in parts; `words` as in `stage_workload`.
+    """
+    base = stage_workload(config, words=words)
+    if memory is None or base is None or config.optim.micro_batch_tokens != "auto":
+        return micro_batch_on_cpu(config)
+    ranks = config.launch.parts(world) if config.launch.shard else 1
+    work = dataclasses.replace(base, frozen=_reference(config, base))
+    stages = [workload(config, words) if config.rl_stage else work]
+    if "reward_model" in config.recipe:
+        scorer = reward_model_parameters(config, base.parameters) or base.parameters
+        stages.append(reward_model_workload(config, base, scorer))
+    tokens = min(tokens_that_fit(stage, ranks, memory, share=SHARE) for stage in stages)
+    return min(max(tokens, CPU_MICRO_BATCH), MOST_TOKENS)
 
 
 def memory_between_updates(memory: dict[str, float], work: Workload) -> float:

@@ -14,7 +14,9 @@ from quartet.planning.gpu_memory import (
     decoder_weights,
     load_peak,
     memory_between_updates,
+    micro_batch_tokens,
     native_generation,
+    reward_model_workload,
     stage_workload,
     training_memory,
     workload,
@@ -22,11 +24,8 @@ from quartet.planning.gpu_memory import (
 from quartet.planning.hardware import COMPUTE, CannotFit, Cluster, Gpu, Span
 from quartet.planning.memory import (
     FLOAT,
-    folder_sizes,
-    micro_batch_tokens,
     reference_share,
     reward_model_parameters,
-    trained_bytes,
 )
 from quartet.planning.phases import has_reward_model, minibatch_tokens
 from quartet.planning.plan import Plan, plan, row_tokens
@@ -44,8 +43,7 @@ def plan_on(config: Config, device: Device | None) -> Plan:
     if device is None or device.kind != "cuda":
         return replace(on_cpu, device=device, memory=None, seconds=None)
     config = _as_computed(config, device)
-    policy = on_cpu.models["policy"]
-    limit = micro_batch_tokens(config, policy, device.memory, config.launch.processes)
+    limit = micro_batch_tokens(config, device.memory, config.launch.processes)
     span = None if device.gpu is None else _time(config, device.gpu, on_cpu.tokens, limit)
     return replace(
         on_cpu,
@@ -122,7 +120,7 @@ def _phases(
         held.training("sft", work, config.sft.batch_size * sum(row), config.sft.keep == "best")
     if "reward_model" in config.recipe:
         tokens = 2 * config.reward_model.batch_size * sum(row)
-        work = _reward_model(config, base, scorer)
+        work = reward_model_workload(config, base, scorer)
         held.training("reward model", work, tokens, config.reward_model.keep == "best")
     if config.preference_stage:
         work = stage_workload(config, config.preference.optimizer) or base
@@ -153,27 +151,6 @@ def _phases(
         taken = own + float(base.number * scorer * scorers)
         held.by_phase["evaluation"] = _sampling(replace(base, rows=answers), device, 1, taken)
     return held.by_phase
-
-
-def _reward_model(config: Config, base: Workload, scorer: int) -> Workload:
-    """Return the workload of a reward model's stage, which holds the policy to be centred on its
-    responses; an adapter shares the policy's trunk."""
-    settings = config.reward_model
-    if settings.model is None:
-        work = stage_workload(config, settings.optimizer) or base
-        return work if work.adapter is not None else replace(work, frozen=1)
-    model = folder_sizes(settings.model) or base.model
-    return replace(
-        base,
-        parameters=scorer,
-        model=model,
-        beside=max(int(scorer - model.matrix_parameters), 0),
-        frozen=base.parameters / scorer,
-        trained_bytes=trained_bytes(settings.optimizer, model, scorer) / scorer,
-        vocabulary=model.vocabulary or base.vocabulary,
-        adapter=None,
-        in_4_bits=False,
-    )
 
 
 def _sampling(work: Workload, device: Device, ranks: int, taken: float) -> float:

@@ -214,37 +214,15 @@ def trained_bytes(
     return 2 * FLOAT * trained + moments + ADAMW.bytes_per_parameter * (trained - matrices)
 
 
-def micro_batch_tokens(
-    config: Config, parameters: int | None, free_bytes: float | None, world: int = 1
-) -> int:
-    """Return the tokens of a micro-batch: the setting, or as many as suit the machine.
-
-    On a CPU, that is `cpu_micro_batch`. On a GPU, as many as fit into half of the memory that
-    weights, gradients and the optimizer's moments leave. `free_bytes` is the GPU's free memory,
-    None on a CPU; `world` is the number of ranks, which may hold the models in parts.
-    """
-    setting = config.optim.micro_batch_tokens
+def micro_batch_on_cpu(config: Config) -> int:
+    """Return the tokens of a micro-batch on a CPU: the setting, or as many as suit one."""
+    setting, model = config.optim.micro_batch_tokens, sizes(config)
     if setting != "auto":
         return setting
-    model = sizes(config)
     if model is None:
         return CPU_MICRO_BATCH
-    checkpointing = config.policy.gradient_checkpointing
-    if free_bytes is None:
-        number = number_bytes(config, on_gpu=False)
-        return cpu_micro_batch(activation_bytes(model, checkpointing, number))
-    needs_critic = bool(config.algorithm and config.algorithm.needs_critic)
-    parts = config.launch.parts(world) if config.launch.shard else 1
-    offloaded = config.run.offload and config.rl_stage is not None and not config.staleness
-    frozen = 0.0 if offloaded else 1 + reference_share(config, parameters)
-    number = number_bytes(config, on_gpu=True)
-    trained = trained_bytes(config.optim.optimizer, model, parameters or 0) * (1 + needs_critic)
-    # The decoder reads the weights in its own dtype; sharded ranks hold a whole copy for it.
-    copies = number if number != FLOAT or parts > 1 else 0
-    resident = (trained + (parameters or 0) * number * frozen) / parts
-    resident += (parameters or 0) * copies
-    per_token = activation_bytes(model, checkpointing, number, on_gpu=True)
-    return int(min(max((free_bytes - resident) / 2 / per_token, CPU_MICRO_BATCH), 2**16))
+    number = number_bytes(config, on_gpu=False)
+    return cpu_micro_batch(activation_bytes(model, config.policy.gradient_checkpointing, number))
 
 
 def scoring_tokens(config: Config, micro_batch: int) -> int:

@@ -24,7 +24,7 @@ from quartet.planning.memory import (
     adapter_parameters,
     block_bytes,
     has_own_critic,
-    micro_batch_tokens,
+    micro_batch_on_cpu,
     number_bytes,
     reward_model_parameters,
     row_cache_bytes,
@@ -167,7 +167,7 @@ class _Working:
         per_token = activation_bytes(
             self.model, self.config.policy.gradient_checkpointing, self.number
         )
-        limit = micro_batch_tokens(self.config, self.policy, None)
+        limit = micro_batch_on_cpu(self.config)
         used = WORKING_BYTES + FRAGMENTATION * min(tokens, limit) * per_token
         if self.config.policy.adapter is None:
             return used + 2 * FLOAT * self.embeddings

@@ -50,6 +50,20 @@ def number(value: Any, digits: int = 3) -> str:
     return text.replace("-", "−")
 
 
+def steps_in_words(stage: str, first: int, last: int | None = None) -> str:
+    """Return "step 3" or "steps 3 to 5"; nothing for an evaluation, whose steps are its passes and
+    say nothing to a reader."""
+    if stage == "evaluation":
+        return ""
+    return f"steps {first:,} to {last:,}" if (last or 0) > first else f"step {first:,}"
+
+
+def where(stage: str, first: int, last: int | None = None) -> str:
+    """Return the place of what was seen in a stage, from a first step to a last one."""
+    words = [stage.replace("_", " "), steps_in_words(stage, first, last)]
+    return ", ".join(filter(None, words))
+
+
 def aligned(values: Sequence[Any]) -> list[str]:
     """Return numbers that stand together as text, with the decimals that give the largest three
     digits: 0.00937 and 1.54 are 0.01 and 1.54. Beyond 0.001 to 10⁶ each is written alone."""

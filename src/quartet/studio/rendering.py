@@ -13,7 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from quartet.runs.untrusted import finite
-from quartet.runs.wording import aligned, number
+from quartet.runs.wording import aligned, number, where
 from quartet.studio.views import score_parts, visible
 
 STATUSES = {
@@ -40,6 +40,7 @@ def templates() -> Environment:
         "number": number,
         "aligned": aligned,
         "breakable": breakable,
+        "where": where,
         "sentence": lambda text: text[:1].upper() + text[1:],
         "ago": ago,
         "status_meaning": lambda status: STATUSES.get(status, ""),

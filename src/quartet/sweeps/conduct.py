@@ -19,6 +19,7 @@ from quartet.runs.reader import NoRun, Run
 from quartet.runs.rules import INVARIANTS
 from quartet.runs.sweeps import EVALUATED, Sweep, Trial, TrialRun, curve, measured
 from quartet.runs.untrusted import shown
+from quartet.runs.wording import where
 from quartet.sweeps.folder import CONFIG, OUTPUT, SweepFolder
 from quartet.sweeps.processes import Processes, stop
 from quartet.sweeps.request import ONCE, SweepRequest
@@ -222,7 +223,7 @@ class Conductor:
         for warning in job.run.warnings:
             if warning.get("rule") in rules:
                 step, rule = warning["step"], str(warning["rule"])
-                sentence = f"{warning['stage']}, step {step}: {warning['sentence']}"
+                sentence = f"{where(warning['stage'], step)}: {warning['sentence']}"
                 points = curve(job.run, self.request.spec.objective)
                 return {"by": rule, "reason": sentence, "curve": points}
         spec, trial = self.request.spec, self.sweep.trials[job.trial or 0]
