@@ -98,6 +98,7 @@ def test_an_example_runs_from_toml(example):
     assert took_part(example, run)
 
 
+@pytest.mark.slow
 def test_an_example_runs_from_python(example):
     scope = dict(vars(importlib.import_module(example.removesuffix(".py"))))
     exec(EXAMPLES[example][2], scope)

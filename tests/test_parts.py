@@ -88,6 +88,7 @@ def test_a_family_takes_instances_and_tables_and_says_which_types_it_knows():
         quartet.Algorithm(**{**made.__dict__, "policy_loss": NoKL()})
 
 
+@pytest.mark.slow
 def test_a_run_trains_with_a_loss_and_an_advantage_of_its_users_own_file(mine, tmp_path):
     words = [
         f'algorithm.policy_loss={{type="{mine}:SpoLoss", epsilon=0.3}}',

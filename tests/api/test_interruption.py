@@ -68,6 +68,7 @@ def test_ctrl_c_saves_the_step_and_the_run_goes_on_in_another_process(tmp_path):
     assert "resumed" in events and events[-1] == "done"
 
 
+@pytest.mark.slow
 def test_a_signal_that_comes_when_all_is_done_stops_the_program(tmp_path, monkeypatch):
     """Kept for a step that does not come, it was lost, and the program trained its next run."""
     begun = []

@@ -53,6 +53,7 @@ def test_it_makes_the_same_run_as_the_command_line(tmp_path):
         assert recorded(run.folder, stage) == recorded(expected.path, stage)
 
 
+@pytest.mark.slow
 def test_steps_come_one_by_one_with_their_rollouts_and_the_rest_follows(tmp_path, capsys):
     run = tiny(tmp_path, steps=3)
     with pytest.raises(quartet.QuartetError, match="has not begun"):
@@ -215,6 +216,7 @@ def test_numbers_of_numpy_and_torch_are_numbers_and_none_is_left_out(tmp_path):
     run.close()
 
 
+@pytest.mark.slow
 def test_a_run_that_nobody_begins_is_spoken_of(tmp_path):
     """A script that calls `train` and does no more would end without a word."""
     with pytest.warns(RuntimeWarning, match=r"was not begun: iterate over it, or call finish\(\)"):
@@ -291,6 +293,7 @@ def test_a_failing_function_stops_the_run_with_its_own_error_as_the_cause(tmp_pa
     assert run.record.status == "failed"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("way", "sentence"),
     [

@@ -21,6 +21,7 @@ from tests.support.world import rollout
 GPU = torch.cuda.is_available()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("work", ["generation", "continuous batching", "ppo", "grpo"])
 def test_gpu_measures_a_work_on_whatever_device_there_is(work):
     import gpu

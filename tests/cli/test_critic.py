@@ -18,6 +18,8 @@ from quartet.experience import Prompt, Rollout
 from quartet.runs.critic_audits import critic_audits
 from quartet.training.checkpoint import read_checkpoint
 
+pytestmark = pytest.mark.slow
+
 FEW = ("--prompts", "3", "--prefixes", "2", "--continuations", "3")
 
 

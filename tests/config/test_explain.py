@@ -50,6 +50,7 @@ def test_every_key_can_be_explained(key):
     assert words.startswith(f"{key}   ") and not re.search(r"<\w|\bobject at", words)
 
 
+@pytest.mark.slow
 def test_what_is_unknown_is_answered_with_what_was_meant(tmp_path):
     with pytest.raises(
         QuartetError, match=r"critic\.lr: no such key\. Did you mean optim\.critic_lr\?"

@@ -194,6 +194,7 @@ def test_a_run_from_the_latest_model_is_stopped_and_goes_on_as_printed(place, mo
     point_latest(place / "runs", before)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_another_folder(place, tmp_path, monkeypatch):
     monkeypatch.chdir(place)
     first = invoked("grpo.toml", "run.name=far", "run.steps=1", "optim.schedule=constant")

@@ -46,6 +46,7 @@ def to_the_bit(value):
     return type(value).__name__, str(value)
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(VALUES)
 def test_a_message_is_what_json_would_carry(value):

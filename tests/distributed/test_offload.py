@@ -148,6 +148,7 @@ def test_threads_take_turns_at_what_rests(monkeypatch):
     assert bed.bytes == 3 * 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("forgotten", [torch.nn.Module, torch.optim.Optimizer])
 def test_a_wait_that_is_forgotten_is_noticed(forgotten, monkeypatch):
     """The reference is awaited before it scores, moments before the first step."""

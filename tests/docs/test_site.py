@@ -13,6 +13,8 @@ import site_pages
 from quartet.config.other_libraries import answers
 from quartet.config.suggestions import known_keys
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 pytest.importorskip("material")
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")

@@ -98,6 +98,7 @@ def test_the_probabilities_of_all_responses_add_up_to_1(enumerated):
         assert enumerated.after(prompt.ids, ())[2] == pytest.approx(1.0, abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "algorithm",
     [ALGORITHM, pytest.param(BOOTSTRAPPED, marks=pytest.mark.slow)],

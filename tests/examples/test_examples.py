@@ -28,6 +28,7 @@ def test_no_script_has_more_than_forty_lines():
         assert len(path.read_text().splitlines()) <= 40, path.name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "settings"),
     [

@@ -152,6 +152,7 @@ def test_what_the_host_says_has_no_gradient_and_gae_carries_over_it():
     torch.testing.assert_close(masked_logprobs(actor, other, batch.response_mask), logprobs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ppo", "grpo"])
 def test_games_can_be_trained_on_by_ppo_and_by_grpo(name, player):
     actor = copy.deepcopy(player)

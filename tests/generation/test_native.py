@@ -129,6 +129,7 @@ def test_samples_of_one_prompt_share_its_prefill_and_its_group(kind, spies):
     assert len({r.response_ids for r in rollouts[:4]}) > 1
 
 
+@pytest.mark.slow
 @KINDS
 @pytest.mark.parametrize("samples", [1, 3])
 def test_prompts_that_wait_take_the_place_of_rows_that_have_finished(kind, samples, spies):

@@ -182,6 +182,7 @@ def adapted(seed):
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["vllm", "sglang"])
 def test_a_base_goes_once_and_then_adapters_alone(folder, generator, kind):
     """Also in the middle of answers; and to a server that was started with another model, or is started anew."""

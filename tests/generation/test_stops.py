@@ -71,6 +71,7 @@ def test_an_answer_ends_where_its_text_first_had_the_string_even_if_later_text_c
     assert stops.length((), (0, 3)) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decoder", [None, SlotDecoder])
 @pytest.mark.parametrize("rows", [None, 3])
 def test_answers_are_those_without_stop_strings_up_to_the_first(decoder, rows, monkeypatch):
@@ -138,6 +139,7 @@ def test_a_string_over_two_looks_is_found():
     assert bool(found[LOOK_EVERY - 1]) and not bool(found[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["vllm", "sglang"])
 def test_answers_of_servers_are_cut_at_the_same_place(folder, generator, kind):  # noqa: F811
     with served(folder / "first", kind=kind) as (url, _):

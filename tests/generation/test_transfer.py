@@ -125,6 +125,7 @@ def asking(receiver):
     return ask
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "path", ["/init_weight_transfer_engine", "/update_weights", "/finish_weight_update"]
 )

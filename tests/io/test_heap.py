@@ -7,6 +7,8 @@ import pytest
 
 from quartet.io import heap
 
+pytestmark = pytest.mark.slow
+
 MEGABYTES = """
 import ctypes, sys
 import torch

@@ -86,6 +86,7 @@ def test_a_thread_begins_on_the_cuda_device_of_the_thread_that_starts_it(monkeyp
     background.finish()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "waiting",
     [
@@ -113,6 +114,7 @@ def test_a_thread_that_is_abandoned_ends_in_the_middle_of_its_call(waiting):
     background.abandon(ALLOWED)  # a second time does no harm
 
 
+@pytest.mark.slow
 def test_a_thread_is_abandoned_while_it_starts_others():
     """One in six of these never ended when the exception went to the thread that was being started."""
     for _ in range(40):

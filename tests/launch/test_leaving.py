@@ -55,6 +55,7 @@ ENDS = {
 FAST = {"an error"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "end", [pytest.param(end, marks=[pytest.mark.slow] * (end not in FAST)) for end in ENDS]
 )

@@ -45,6 +45,7 @@ def learnt(made):
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 3, 8])
 @pytest.mark.parametrize("micro_batch_tokens", [8, 4096])
 def test_the_ranks_together_find_what_one_finds(world, micro_batch_tokens):

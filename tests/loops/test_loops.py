@@ -241,6 +241,7 @@ def test_an_adaptive_coefficient_moves_from_step_to_step():
         )
 
 
+@pytest.mark.slow
 def test_pretraining_texts_stay_likely_under_ptx():
     plain, mixed = (
         list(

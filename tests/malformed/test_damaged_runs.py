@@ -29,6 +29,8 @@ from tests.malformed.damages import (
 from tests.malformed.reading_runs import WHOLE, Readers, verb
 from tests.support.tiny_run import put_words_into_its_mouth
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def readers(ppo_run, tmp_path_factory):

@@ -35,6 +35,8 @@ from tests.support.fault_server import (
 )
 from tests.support.world import prompts, rollout, tokenizer
 
+pytestmark = pytest.mark.slow
+
 PATIENT, IMPATIENT = 20.0, 0.25
 """Seconds for an answer that comes, and for one that does not."""
 

@@ -74,6 +74,7 @@ def test_few_kernels_give_the_experts_outputs(num_tokens):
     torch.testing.assert_close(ours, experts(x, chosen, weights), atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral"])
 def test_a_decoded_token_of_a_mixture_costs_few_kernels_and_hardly_a_wait(kind):
     """Ceilings, to be lowered when they are beaten. Routers and experts are 25 of the 35 of a layer."""
@@ -157,6 +158,7 @@ def test_the_planner_counts_the_experts_of_a_token(tmp_path):
     assert sizes is not None and sizes.intermediate == CHOSEN * 48
 
 
+@pytest.mark.slow
 def test_a_run_trains_every_expert_and_samples_what_it_scores(tmp_path, monkeypatch):
     """From a saved folder to a saved folder, with reward model and critic of the same architecture."""
     monkeypatch.chdir(tmp_path)

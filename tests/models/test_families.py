@@ -213,6 +213,7 @@ def test_every_hidden_state_and_every_gradient_is_transformers_own(name, rows):
             torch.testing.assert_close(a, b, atol=3e-5 * max(1.0, float(b.abs().max())), rtol=1e-3)
 
 
+@pytest.mark.slow
 @EACH_SLOWLY
 @pytest.mark.parametrize("kind", [RowDecoder, SlotDecoder])
 def test_sampling_gives_the_logits_of_transformers_token_by_token(name, kind):
@@ -257,6 +258,7 @@ def test_greedy_answers_are_those_of_generate(name):
     assert answer == theirs[0, len(prompt) :].tolist()
 
 
+@pytest.mark.slow
 @EACH_SLOWLY
 def test_the_samplers_logprobs_are_the_learners_also_under_an_adapter(name):
     made = language_model(name)
@@ -310,6 +312,7 @@ def test_in_bfloat16_both_forwards_agree_up_to_rounding_and_so_does_the_decoder(
     assert (logits[0] - theirs).norm() / theirs.norm() < nearness(name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["gemma 2", "gemma 3", "gpt-2", "gpt-neox", "granite", "olmo 3", "qwen3-moe"]
 )

@@ -102,6 +102,7 @@ SAVED = {
 SLOW = {"adapters on 4 bits"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind", [pytest.param(k, marks=[pytest.mark.slow] * (k in SLOW)) for k in SAVED]
 )
@@ -152,6 +153,7 @@ def test_a_checkpoint_is_written_from_main_memory_and_goes_back_to_the_gpu(tmp_p
             assert torch.equal(tensor.inner, expected[name].inner), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("copied", [False, True])
 def test_each_step_samples_from_the_weights_of_the_update_before(copied):
     """What samples is held in bfloat16: the learner's own module, or a copy that gets its weights."""

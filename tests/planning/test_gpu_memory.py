@@ -215,6 +215,7 @@ def peak_of_a_micro_batch(made, counts):
     return counts.peak - before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [2, 4])
 @pytest.mark.parametrize("kind", ["tied", "own head", "adapter"])
 def test_gradients_of_large_embeddings(kind, number):
@@ -275,6 +276,7 @@ def decoding(made, counts):
     return weights, cache, counts.peak - before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["full", "lora", SLOW_NF4])
 def test_decoder_cache_and_drawing(kind):
     planned = native_generation(KINDS[kind], GPUS["h100"], 1).memory

@@ -118,6 +118,7 @@ def of_width(hidden, *words):
     return config_with(*(f"policy.create.{key}" for key in shape), *words)
 
 
+@pytest.mark.slow
 def test_what_only_scores_is_given_the_tokens_of_a_pass_without_a_gradient():
     """Reward models, the evaluation, and the learner beside those of its micro-batches."""
     made = Assembler(of_width(1000))

@@ -25,6 +25,7 @@ def test_what_only_grows_is_no_extreme():
     assert kept(10, 60, kl=float) == [1, 11, 21, 31, 41, 51]
 
 
+@pytest.mark.slow
 def test_a_run_keeps_what_it_was_asked_to(tmp_path):
     run = make_run(
         tmp_path, "sums", "run.steps=3", "run.rollouts_every=2", "rollout.samples_per_prompt=4"

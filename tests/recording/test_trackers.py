@@ -41,6 +41,7 @@ def test_tensorboard(tmp_path):
     assert [(e.step, e.value) for e in read.Scalars("sft/loss")] == [(1, 2.5)]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_mlflow(tmp_path, monkeypatch):
     mlflow = pytest.importorskip("mlflow")

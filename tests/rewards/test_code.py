@@ -113,6 +113,7 @@ def test_there_is_no_network(sandbox):
             server.accept()
 
 
+@pytest.mark.slow
 @needs_bwrap
 def test_memory_disk_output_and_time_are_bounded(sandbox):
     assert (

@@ -400,6 +400,7 @@ def test_a_function_for_trl_is_called_as_it_was_written(file):
         reward(file, "wants_epoch").score(asked)
 
 
+@pytest.mark.slow
 def test_a_function_for_openrlhf_is_called_as_it_was_written(file):
     asked = rollouts(label=rollouts()[1].response)
     assert reward(file, "for_openrlhf").score(asked) == [0.0, 1.0, 0.0]

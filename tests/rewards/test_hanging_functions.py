@@ -12,7 +12,11 @@ from quartet.rewards.functions import FunctionReward, descendants
 from quartet.rewards.protocol import RewardError
 from tests.support.world import prompts, rollout
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are found in /proc")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="processes are found in /proc"),
+]
+
 ALLOWED = 15.0
 """Seconds; each of these held a run with a limit of half a second for 25 to 60, or for ever."""
 MARK = f"quartet_hanging_child_{os.getpid()}"

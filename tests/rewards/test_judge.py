@@ -179,6 +179,7 @@ class Judge:
         self.server.__exit__()
 
 
+@pytest.mark.slow
 def test_a_request_that_hangs_ends_alone(tmp_path):
     """It closed the client of the others, which failed or had no score."""
     hanging = lambda number: silent if number == 0 else verdict(f"Score: {number}")  # noqa: E731

@@ -134,6 +134,7 @@ def test_a_server_that_stumbles_is_asked_again():
         assert ask(fake.url) == [1, 2, 3] and len(fake.requests) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("answer", "sentence"),
     [

@@ -58,6 +58,7 @@ def rewards(*tables: dict) -> str:
     )
 
 
+@pytest.mark.slow
 def test_two_functions_and_a_verifier_are_weighed_and_all_of_them_are_recorded(place):
     tables = [
         {"type": "number"},
@@ -86,6 +87,7 @@ def test_two_functions_and_a_verifier_are_weighed_and_all_of_them_are_recorded(p
     assert any("25% of responses got no score and were left out" in w for w in warnings)
 
 
+@pytest.mark.slow
 def test_dense_rewards_stand_on_their_tokens(place):
     done = quartet(
         *SUMS,

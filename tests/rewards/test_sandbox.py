@@ -32,6 +32,8 @@ from quartet.rewards.seccomp import (
 )
 from tests.rewards.sandbox_probes import KINDS, Outcome, probes
 
+pytestmark = pytest.mark.slow
+
 BWRAP = shutil.which("bwrap")
 ROOT = os.geteuid() == 0
 needs_bwrap = pytest.mark.skipif(BWRAP is None, reason="no bubblewrap here")

@@ -210,6 +210,7 @@ SLOW = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("begin", "drop", "status"), SLOW.values(), ids=SLOW)
 def test_a_request_that_is_never_finished_keeps_no_connection(monkeypatch, begin, drop, status):
     monkeypatch.setattr(http_server, "HEADER_SECONDS", 0.3)

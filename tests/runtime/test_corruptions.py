@@ -293,6 +293,7 @@ def gone_on(whole: Path, run: Path, job) -> None:
         assert (run / path).read_bytes() == (whole / path).read_bytes(), path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["an empty state", "overlapping tensors", "a manifest that lists no file"]
 )

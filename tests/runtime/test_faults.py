@@ -94,6 +94,7 @@ def test_every_fault_says_what_it_is():
     assert all(fault.__doc__ for fault in FAULTS.values())
 
 
+@pytest.mark.slow
 def test_a_run_that_is_asked_to_be_broken_is(tmp_path):
     run = make_run(
         tmp_path, "sums", "run.steps=1", "rollout.samples_per_prompt=4", fault="reference"

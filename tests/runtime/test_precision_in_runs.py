@@ -21,6 +21,7 @@ def metrics(run):
     return [line["metrics"] for line in lines if line["event"] == "metrics"]
 
 
+@pytest.mark.slow
 def test_a_run_in_bfloat16_learns_saves_float32_and_is_held_to_its_own_tolerance(tmp_path):
     run = make_run(tmp_path, "sums", *WORDS)
     assert run.status == "done" and run.rounding == "bf16"
@@ -75,6 +76,7 @@ def test_each_role_computes_in_what_the_config_says(word, policy, reference, tmp
     assert job.precision == ("bf16" if policy == torch.bfloat16 else "fp32")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_says_what_auto_was(tmp_path):
     config = read_settings(recipe_path("sums"), [], "sums").config
     assert build(config).made_with["config"]["run"]["precision"] == "fp32"

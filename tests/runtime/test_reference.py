@@ -108,6 +108,7 @@ def numbers(record):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dpo", "grpo", "ppo"])
 def test_the_start_by_its_name_gives_the_same_numbers(place, name):
     plain, named = run(name), run(name, 'reference.model="lm"')
@@ -185,6 +186,7 @@ def test_ppo_with_a_critic_is_held_to_the_model_that_is_named(place):
     assert (record.path / "critic").is_dir()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dpo", "ppo"])
 def test_a_run_goes_on_with_the_reference_that_it_began_with_only(place, name):
     words = ['reference.model="other"', "run.checkpoint_every=1"]

@@ -34,6 +34,7 @@ def everything(run):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "step"), [("grpo", 1), ("grpo", 3), ("ppo", 3)])
 def test_as_it_was_to_the_bit_and_nothing_is_written(request, name, step):
     run = request.getfixturevalue(f"{name}_run")

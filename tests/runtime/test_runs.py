@@ -176,6 +176,7 @@ def test_a_critic_on_the_actors_trunk(reviews):
     assert "value/explained_variance" in metrics(run)[-3]
 
 
+@pytest.mark.slow
 def test_sums_runs_without_a_reward_model_and_without_a_critic(tmp_path):
     done = quartet(*TINY_SUMS, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -271,6 +272,7 @@ def test_ctrl_c_in_the_middle_of_ppo_leaves_a_readable_folder(tmp_path):
         assert path.suffix == ".parquet" and pq.read_table(path).num_rows > 0
 
 
+@pytest.mark.slow
 def test_a_reward_model_that_is_not_finite_stops_the_run_and_is_named(reviews, tmp_path):
     """A reward model with a NaN in its head, given to PPO as a folder."""
     broken = tmp_path / "broken"
@@ -344,6 +346,7 @@ def write_table(path: Path, rows: list[dict]) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_conversations_are_learnt_through_a_chat_template(tmp_path):
     talk = [
         {"role": "user", "content": "what is one and one"},
@@ -406,6 +409,7 @@ evaluation = {{ prompts = 3 }}
     assert again.returncode == 0, again.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("lines", "sentence"),
     [
@@ -447,6 +451,7 @@ def test_a_model_too_short_for_its_answers_is_said(tmp_path, users_model):
     )
 
 
+@pytest.mark.slow
 def test_a_folder_without_a_tokenizer_or_without_weights_is_refused(tmp_path, users_model):
     (tmp_path / "p.jsonl").write_text('{"prompt": "1+1=", "completion": "2"}\n' * 5)
     (tmp_path / "x.toml").write_text(
@@ -558,6 +563,7 @@ def test_a_critic_can_be_smaller_than_the_actor(tmp_path):
     assert run.status == "done"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "critic", ["init='policy'", "create={type='llama', hidden_size=8, num_layers=1, num_heads=2}"]
 )

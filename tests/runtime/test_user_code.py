@@ -17,6 +17,8 @@ from quartet.stages.rl import checked
 from tests.support import killing
 from tests.support.tiny_run import make_run
 
+pytestmark = pytest.mark.slow
+
 PARTS = """
 import quartet
 

@@ -25,6 +25,7 @@ def stage_of(name, ppo_run):
     return stage(Assembler(settings.config), name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MEASURES)
 def test_a_resumed_stage_measures_its_first_model_no_second_time(
     name, ppo_run, tmp_path, monkeypatch
@@ -48,6 +49,7 @@ def test_a_resumed_stage_measures_its_first_model_no_second_time(
     assert whole[key] != whole[key.removesuffix("_before")]
 
 
+@pytest.mark.slow
 def test_a_resumed_rl_stage_keeps_the_answers_of_its_first_policy(ppo_run, tmp_path, monkeypatch):
     own = stage_of("ppo", ppo_run)
     folder = shutil.copytree(ppo_run.path, tmp_path / "run")

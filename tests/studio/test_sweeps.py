@@ -91,6 +91,7 @@ def page(root):
     assert errors == []
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no Chromium here")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_the_page_in_a_browser_in_light_dark_and_on_a_phone(page, tmp_path):

@@ -12,6 +12,7 @@ SLOW = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [next(iter(checks.KINDS)), *SLOW])
 def test_decoding_and_sampling(kind, monkeypatch):
     with pretended():

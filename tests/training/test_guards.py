@@ -148,6 +148,7 @@ def test_groups_of_equal_rewards_have_an_advantage_of_exactly_zero(preset, size)
 # --- target KL, memory -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_no_further_epoch_begins_above_the_target_kl():
     far, near, free = (learner(epochs=8, lr=5e-3, target_kl=target) for target in (1e-6, 1e3, None))
     updates = [made.update(experienced(made), PPO) for made in (far, near, free)]
@@ -175,6 +176,7 @@ def starved(made, limit):
     return made
 
 
+@pytest.mark.slow
 def test_out_of_memory_is_tried_again_with_half_and_gives_the_same_update():
     roomy, tight = learner(tokens=256), starved(learner(tokens=256), 60)
     updates = [made.update(experienced(made), PPO) for made in (roomy, tight)]
@@ -521,6 +523,7 @@ def test_where_other_ranks_may_have_learnt_already_the_stage_begins_again(tmp_pa
     )
 
 
+@pytest.mark.slow
 def test_before_its_first_checkpoint_a_stage_begins_again(tmp_path, monkeypatch):
     """The checkpoint of step 0 holds no weights; written again it does, with the halved learning rate."""
     folder = RunFolder.create(tmp_path, "x", {})
@@ -596,6 +599,7 @@ def diverges_once(monkeypatch):
     monkeypatch.setattr(NativeGenerator, "generate", diverging)
 
 
+@pytest.mark.slow
 def test_a_run_goes_back_to_weights_whose_logits_were_finite(tmp_path, diverges_once):
     run = grpo_run(tmp_path, "run.rollbacks=1")
     [warned] = [warning for warning in run.warnings if warning["rule"] == "rolled_back"]

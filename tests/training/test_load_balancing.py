@@ -232,6 +232,7 @@ def test_the_warm_up_of_the_critic_balances_the_critic_only():
     assert all(torch.equal(before[n], p) for n, p in models.actor.state_dict().items())
 
 
+@pytest.mark.slow
 def test_a_trust_region_shows_the_load_of_the_actor():
     update = updated(separate(), 0.0, preset="trpo")
     assert update.step_stats.keys() >= NAMES | {f"critic_{name}" for name in NAMES}

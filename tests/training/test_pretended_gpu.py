@@ -129,6 +129,7 @@ def test_it_learns_what_the_cpu_learns(name):
         assert there[metric] == pytest.approx(value, rel=1e-2, abs=1e-3), metric
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ppo", "grpo", "opo"])
 def test_a_device_without_float64_is_asked_for_none(name):
     with pretended(forbid_float64=True):
@@ -163,6 +164,7 @@ def counted(name, micro_batch_tokens):
         return number, scoring, Counter(counts.waits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("warm_up", [0, 1], ids=["both", "the critic alone"])
 def test_actor_and_critic_have_their_activations_one_after_the_other(warm_up):
     """The peak of an update with a critic is that of the actor alone, and of the critic's gradients."""
@@ -196,6 +198,7 @@ def test_actor_and_critic_have_their_activations_one_after_the_other(warm_up):
     assert peaks[0] < peaks[1] + 4  # gradients and moments of the critic
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ppo", "grpo"])
 def test_the_host_waits_seldom(name):
     """Each wait lets the device run dry: none per micro-batch of an update, two per micro-batch of scoring and model, and a
@@ -228,6 +231,7 @@ class Weighs(quartet.StageSource):
         return {"distance": float(log_ratios.abs().max())}
 
 
+@pytest.mark.slow
 def test_a_users_stage_mixes_no_devices_and_seldom_waits():
     waits = {}
     for most in (10_000, 60):

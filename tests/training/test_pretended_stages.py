@@ -52,6 +52,7 @@ def test_demonstrations_are_imitated():
         held_out_loss(actor, DEMONSTRATIONS, 40)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", [LastTokenLoss(), PerTokenLoss()])
 def test_a_reward_model_learns_from_comparisons(loss):
     with pretended():
@@ -64,6 +65,7 @@ def test_a_reward_model_learns_from_comparisons(loss):
         held_out_pairs(scalar, COMPARISONS, loss, 40)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", PreferenceLoss.__subclasses__())
 def test_a_policy_learns_from_comparisons(kind):
     with pretended():
