@@ -13,11 +13,13 @@ from quartet import files
 from quartet.cli import app
 from quartet.cli.lifecycle import _say_done
 from quartet.config.toml import read_settings
+from quartet.launch import start
 from quartet.loops.progress import Progress
 from quartet.recipes import recipe_path
 from quartet.recording.run_folder import RunFolder, read_record, sweep_strays
 from quartet.runtime.events import Advanced, Started
 from quartet.runtime.pipeline import Pipeline
+from quartet.runtime.worker import WorkerLost
 from quartet.training.checkpoint import Checkpoint
 from tests.cli.test_screen import STAGE, shown
 from tests.support.tiny_run import SMALL, SMALL_REVIEWS, make_run
@@ -142,6 +144,22 @@ def test_a_run_whose_record_was_damaged_goes_on_and_says_so(whole, run):
     accepted = resumed(run, "run.steps=3", "--accept", "events.jsonl")
     assert accepted.exit_code == 0, accepted.output
     assert "note   2 lines of events.jsonl cannot be read and are passed over" in accepted.stdout
+
+
+def test_a_run_that_never_reaches_its_next_checkpoint_says_so(run, monkeypatch):
+    shutil.rmtree(run / "checkpoints" / "grpo-000002")
+
+    def lost(*_):
+        raise WorkerLost([0], "the machine is gone.")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(start, "open_workers", lost)
+        said = [resumed(run).stdout for _ in range(4)]
+    assert [text.count("it gets no further") for text in said] == [0, 0, 1, 1]
+    assert "was resumed from grpo-000001 2 times before" in said[2]
+    assert "was resumed from grpo-000001 3 times before" in said[3]
+    resumed(run)
+    assert "gets no further" not in resumed(run, "run.steps=3").stdout, "there is another one"
 
 
 def test_a_record_cut_short_within_a_line_is_not_written_on_behind_half_of_it(tmp_path):

@@ -43,6 +43,9 @@ from quartet.runtime.worker import WorkerGroup, WorkerLost
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 """The error numbers of a file system that has no room for a file."""
 
+TOO_OFTEN = 2
+"""How often a run is resumed from the same checkpoint until that is spoken of."""
+
 OpenGroup = Callable[[Job, Path], AbstractContextManager[WorkerGroup]]
 """Starts the workers of a job in a run folder, and ends them."""
 
@@ -145,9 +148,10 @@ class Execution:
             strict=self.fault is None,
         )
         since = None if self.choice is None else self.choice.checkpoint
+        before = 0 if since is None else self._times_resumed(since.name)
         if since is not None:
             pipeline.cut_back(since)
-        yield from self._opening()
+        yield from self._opening(before)
         group = opened.enter_context(open_group(self.job, path))
         yield from pipeline.run(since, group)
         self.folder.event(
@@ -159,17 +163,36 @@ class Execution:
             **(self.planned or {}),
         )
 
-    def _opening(self) -> Iterator[Resumed | Noted]:
-        """Record and yield what the user should know before the first stage starts."""
+    def _times_resumed(self, checkpoint: str) -> int:
+        """Return how often the run was resumed from a checkpoint and wrote no other. Read it before
+        the record is cut back to the checkpoint, where nothing of that is left."""
+        resumed = [e for e in self.folder.record().events if e["event"] == "resumed"]
+        if not resumed or resumed[-1].get("checkpoint") != checkpoint:
+            return 0
+        before = resumed[-1].get("before")
+        return 1 + (before if isinstance(before, int) else 0)
+
+    def _opening(self, before: int) -> Iterator[Resumed | Noted]:
+        """Record and yield what the user should know before the first stage starts. `before` is how
+        often the run was resumed from the same checkpoint."""
         notes = []
         if self.choice is not None:
             name = self.choice.checkpoint.name
             accepted = list(self.choice.accepted)
             skipped = dict(self.choice.reasons())
-            self.folder.event("resumed", checkpoint=name, accepted=accepted, skipped=skipped)
+            self.folder.event(
+                "resumed", checkpoint=name, accepted=accepted, skipped=skipped, before=before
+            )
             for checkpoint, reason in skipped.items():
                 yield Noted(f"checkpoint {checkpoint} was skipped: {reason}")
             yield Resumed(name, self.folder.path)
+            if before >= TOO_OFTEN:
+                yield Noted(
+                    f"the run was resumed from {name} {before} times before and stopped before its "
+                    "next checkpoint. If that goes on, it gets no further: give it more time at "
+                    "once, smaller steps (rollout.prompts_per_step), or a smaller "
+                    "run.checkpoint_every"
+                )
             if damaged := self.folder.record().damaged:
                 lines = f"{damaged:,} line{'s' * (damaged != 1)}"
                 yield Noted(f"{lines} of events.jsonl cannot be read and are passed over")
