@@ -4,6 +4,7 @@ shards, adapters."""
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils.output_capturing import OutputRecorder
 
 from quartet.models.adapters import POLICY, AdapterView, add_adapter
 from quartet.models.forward import forward_positions, has_linear_head
@@ -95,6 +96,18 @@ def test_the_loss_is_that_of_transformers(kind):
         assert (a is None) == (b is None)
         if a is not None:
             torch.testing.assert_close(a, b, **NEAR)
+
+
+def test_a_router_of_a_class_with_other_uses_is_told_by_its_name(monkeypatch):
+    """transformers 5.17 has Jamba's routers as plain linear maps of one name."""
+    made = language_model("qwen3_moe")
+    tokens, mask, _ = rows()
+    expected = recorded(made, tokens, mask).logits
+    base = type(made.base_model)
+    named = OutputRecorder(torch.nn.Module, index=0, layer_name="mlp.gate")
+    monkeypatch.setattr(base, "_can_record_outputs", {"router_logits": named})
+    found = recorded(made, tokens, mask).logits
+    assert len(found) == len(expected) and all(map(torch.equal, found, expected))
 
 
 @pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])

@@ -110,7 +110,9 @@ def test_the_libraries_of_cuda_are_planned_where_torch_is_built_with_them(monkey
 
 def most_bytes(work):
     """The most bytes that torch has allocated during the work, above those before it."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    with profile(
+        activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profiled:
         work()
     events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
     events.sort(key=lambda e: e.start_ns())

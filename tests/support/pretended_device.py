@@ -354,7 +354,8 @@ def pretended(forbid_float64: bool = False) -> Iterator[Counts]:
     places: list[tuple[Any, str, Any]] = [
         (torch, name, _factory(name, getattr(torch, name))) for name in FACTORIES
     ]
-    places += [(torch.Tensor, "to", _to(torch.Tensor.to)), (varlen, "varlen_attn", _varlen)]
+    places += [(torch.Tensor, "to", _to(torch.Tensor.to))]
+    places += [(varlen, "varlen_attn", _varlen), (attention, "HAS_VARLEN", True)]
     places += [
         (module, "rms_norm", _rms_norm(torch.nn.functional.rms_norm))
         for module in (elementwise, fused)

@@ -28,9 +28,10 @@ from quartet.loops.collect import Collector
 from quartet.loops.custom import StageContext, record
 from quartet.loops.responses import Responses
 from quartet.loops.rl import rl
+from quartet.models import attention
 from quartet.models.actor_critic import Separate, freeze
 from quartet.models.adapters import add_adapter
-from quartet.models.attention import backend, kernel
+from quartet.models.attention import backend, kernel, why_padded
 from quartet.models.forward import masked_logprobs
 from quartet.models.heads import ScalarModel
 from quartet.models.language_model import ModelError, create, stop_ids
@@ -290,7 +291,7 @@ def test_stop_strings_and_a_smallest_length_mix_no_devices_and_add_a_wait_in_eig
     assert (many - few) / 32 <= 0.26
 
 
-def test_back_ends_are_named_for_each_device_dtype_and_size_of_heads():
+def test_back_ends_are_named_for_each_device_dtype_and_size_of_heads(monkeypatch):
     """Flash attention takes heads of a multiple of 8 coordinates, up to 256."""
     table = {
         ("cpu", torch.float32, 64): "rectangle",
@@ -304,7 +305,31 @@ def test_back_ends_are_named_for_each_device_dtype_and_size_of_heads():
         ("mps", torch.float32, 64): "repeated",
         ("mps", BF16, 64): "repeated",
     }
-    assert {key: backend(torch.device(key[0]), *key[1:]) for key in table} == table
+
+    def found():
+        return {key: backend(torch.device(key[0]), *key[1:]) for key in table}
+
+    monkeypatch.setattr(attention, "HAS_VARLEN", True)
+    assert found() == table and why_padded(CUDA, BF16) is None
+    monkeypatch.setattr(attention, "HAS_VARLEN", False)
+    flash = {key: "flash" if kind == "varlen" else kind for key, kind in table.items()}
+    assert found() == flash and "rows are padded" in str(why_padded(CUDA, BF16))
+    assert why_padded(CUDA, torch.float32) is why_padded(torch.device("cpu"), BF16) is None
+
+
+def test_a_torch_without_rows_end_to_end_samples_and_learns_on_padded_rows(monkeypatch):
+    with pretended():
+        monkeypatch.setattr(attention, "HAS_VARLEN", False)
+        made = compute_in(on_device(deeper(2)), BF16)
+        assert isinstance(make_decoder(made, 60), RowDecoder)
+        generator = NativeGenerator(made, tokenizer(), stop_ids(made, tokenizer()), 0)
+        answers = generator.generate(prompts(4), Sampling(max_new_tokens=12))
+        found = masked_logprobs(
+            made,
+            *(torch.tensor(x).to(CUDA) for x in ([[5, 6, 7, 8]], [[False, True, True, True]])),
+        )
+        found.sum().backward()
+    assert all(answer.response_ids for answer in answers) and torch.isfinite(found).all()
 
 
 def allowed():

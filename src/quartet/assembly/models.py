@@ -29,6 +29,7 @@ from quartet.models.adapters import (
     read_adapter,
 )
 from quartet.models.architectures import longest_fused, why_not_fused
+from quartet.models.attention import why_padded
 from quartet.models.heads import AdaptedScalar, ScalarModel, attach
 from quartet.models.language_model import (
     add_embeddings,
@@ -293,7 +294,7 @@ class Models:
 
     def slow_path(self) -> str | None:
         """Return a sentence where the policy goes through transformers' forward pass, always or for
-        long texts."""
+        long texts, or through slower attention than newer releases of torch have."""
         why, longest = self.why_slow(), longest_fused(self.policy_config())
         if why is not None:
             kernels = " run.log names packages with faster kernels, if one is missing."
@@ -308,7 +309,7 @@ class Models:
                 f"Texts of more than {longest:,} tokens go through transformers' own forward pass "
                 "and cache, which is slower: LongRoPE rotates them by other frequencies."
             )
-        return None
+        return why_padded(self.device, self.dtype("policy"))
 
     def dtype(self, role: Role) -> torch.dtype:
         """Return what a model computes in."""

@@ -47,6 +47,17 @@ def backend(device: torch.device, dtype: torch.dtype, head_size: int) -> Backend
     return "varlen" if HAS_VARLEN else "flash"
 
 
+def why_padded(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return a sentence where torch is too old for the attention that this device has in newer
+    ones; None where it has it."""
+    if HAS_VARLEN or backend(device, dtype, 8) != "flash":
+        return None
+    return (
+        f"torch {torch.__version__} has no attention over rows end to end with grouped heads: rows "
+        "are padded, and sampling records no CUDA graphs, which is slower. torch 2.12 has it."
+    )
+
+
 def causal_attention(
     queries: Float[Tensor, "N heads D"],
     keys: Float[Tensor, "N kv D"],

@@ -79,8 +79,8 @@ def recorded_routing(trunk: Trunk) -> Iterator[Recorder]:
     recorder.chosen = text.num_experts_per_tok
     hooks = [
         module.register_forward_hook(partial(_keep, recorder, spec.index))
-        for module in trunk.modules()
-        if isinstance(module, spec.target_class)
+        for name, module in trunk.named_modules()
+        if isinstance(module, spec.target_class) and _is_named(name, spec.layer_name)
     ]
     _RECORDERS[trunk] = recorder
     try:
@@ -109,6 +109,12 @@ def why_not_balanced(config: Any) -> str | None:
 
 def _is_compiled(trunk: Trunk) -> bool:
     return any(hasattr(module, "fused_layer") for module in trunk.modules())
+
+
+def _is_named(name: str, wanted: str | None) -> bool:
+    """Return whether the dotted name of a module contains the wanted one, where one is wanted: an
+    architecture's routers may be of a class that has other uses."""
+    return wanted is None or f".{wanted.strip('.')}." in f".{name}."
 
 
 def _keep(recorder: Recorder, index: int, _: Any, __: Any, output: Any) -> None:
