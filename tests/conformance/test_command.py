@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import re
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ def test_a_library_with_a_failure(tmp_path, capsys):
     assert "cut-k3 2.0" in shown and "5 holds · 1 fails" in shown
     assert re.search(r"✗ kl/k3-far +1\.0e\+00 +agrees with: estimate cut at ±10; not stated", shown)
     (report,) = json.loads(file.read_text(encoding="utf-8"))
-    assert report["torch"] == torch.__version__
+    assert report["torch"] == version("torch")
     assert [each["outcome"] for each in report["verdicts"] if each["claim"] == "kl/k3-far"] == ["fails"]  # fmt: skip
 
 
