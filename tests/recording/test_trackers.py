@@ -1,5 +1,6 @@
 """What trackers got, read back from their own stores; and that none of them can stop a run."""
 
+import contextlib
 import importlib
 import json
 import sqlite3
@@ -95,7 +96,7 @@ def test_trackio_goes_on_in_the_run_that_it_has(tmp_path, monkeypatch):
     tell("trackio", tmp_path / "here" / "ppo", RESUMED)
     tell("trackio", tmp_path / "there" / "ppo")  # another run, whose folder has the same name
     [file] = tmp_path.glob("*.db")
-    with sqlite3.connect(file) as database:
+    with contextlib.closing(sqlite3.connect(file)) as database:
         rows = database.execute("select run_id, count(*) from metrics group by run_id").fetchall()
     assert sorted(count for _, count in rows) == [3, 5]
 
@@ -118,7 +119,7 @@ def test_trackio(tmp_path, monkeypatch):
     (tmp_path / "run-1").mkdir()
     tell("trackio", tmp_path / "run-1")
     [file] = tmp_path.glob("*.db")
-    with sqlite3.connect(file) as database:
+    with contextlib.closing(sqlite3.connect(file)) as database:
         rows = database.execute("select metrics from metrics").fetchall()
     text = " ".join(str(row[0]) for row in rows)
     assert "ppo/reward/gold" in text and "0.75" in text and "2.5" in text
