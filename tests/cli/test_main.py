@@ -4,6 +4,8 @@ import subprocess
 import sys
 
 import pytest
+import typer
+from rich.text import Text
 from typer.testing import CliRunner
 
 from quartet.cli import app
@@ -31,6 +33,23 @@ def test_the_help_begins_with_what_a_user_meets_first():
     words = CliRunner().invoke(app, ["--help"]).output.split()
     places = [words.index(name) for name in ("run", "plan", "init", "studio", "doctor", "replay")]
     assert places == sorted(places)
+
+
+def helps(command, name):
+    """The texts of a command's help, with what each belongs to."""
+    yield name, command.help or ""
+    for parameter in command.params:
+        yield f"{name}, {parameter.name}", getattr(parameter, "help", None) or ""
+    for below, made in getattr(command, "commands", {}).items():
+        yield from helps(made, f"{name} {below}")
+
+
+def test_no_text_in_brackets_is_taken_as_markup():
+    """The name of a TOML table, [sweep], was left out of the help of `quartet sweep`."""
+    texts = dict(helps(typer.main.get_command(app), "quartet"))
+    assert len(texts) > 100
+    for name, text in texts.items():
+        assert Text.from_markup(text).plain == text.replace("\\[", "["), name
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ def sweep(
         str,
         typer.Argument(
             metavar="FILE.toml",
-            help="A TOML file with a [sweep] table, a sweep that ships with Quartet, or, with "
+            help="A TOML file with a \\[sweep] table, a sweep that ships with Quartet, or, with "
             "--resume, a sweep's folder.",
         ),
     ],
@@ -62,7 +62,7 @@ def sweep(
 ) -> None:
     """Run a file over many settings: a grid, at random, or by Bayesian search.
 
-    Each trial is an ordinary run. docs/sweeps.md describes the [sweep] table.
+    Each trial is an ordinary run. docs/sweeps.md describes the \\[sweep] table.
     """
     from quartet.sweeps.life import beginning_of
 
