@@ -1,12 +1,14 @@
 """`quartet explain KEY`: what a setting means, from its declaration."""
 
+import dataclasses
 import re
 
 import pytest
 
-from quartet.config.explain import setting_in_words, types_of
-from quartet.config.suggestions import description_of, known_keys
+from quartet.config.explain import key_in_words, setting_in_words, types_of
+from quartet.config.suggestions import description_of, keys_of, known_keys
 from quartet.errors import QuartetError
+from quartet.sweeps.spec import SweepSpec
 from tests.support.command import quartet
 
 
@@ -48,6 +50,20 @@ def test_the_type_of_a_part_is_explained_by_what_there_is():
 def test_every_key_can_be_explained(key):
     words = setting_in_words(key)
     assert words.startswith(f"{key}   ") and not re.search(r"<\w|\bobject at", words)
+
+
+def test_the_table_of_a_sweep_can_be_explained():
+    words = key_in_words("sweep", "sweep", SweepSpec).splitlines()
+    assert words[0] == "sweep   a table" and len(words) == 2 + len(dataclasses.fields(SweepSpec))
+    for key in keys_of(SweepSpec, "sweep."):
+        first, second, *_ = key_in_words(key, "sweep", SweepSpec).splitlines()
+        assert first.startswith(f"{key}   ") and len(second.split()) > 2
+    assert key_in_words("sweep.parallel", "sweep", SweepSpec).startswith(
+        "sweep.parallel   a whole number, ≥ 1, default 1\nHow many runs are under way at once"
+    )
+    assert "  sweep.prune.startup  Trials that" in key_in_words("sweep.prune", "sweep", SweepSpec)
+    with pytest.raises(QuartetError, match=r"sweep\.seed: no such key\. Did you mean sweep\.seeds"):
+        key_in_words("sweep.seed", "sweep", SweepSpec)
 
 
 @pytest.mark.slow

@@ -126,7 +126,7 @@ TABLES = {
     'objective = "gold"\nparallel = 0': "sweep.parallel = 0: must be ≥ 1",
     'objective = "gold"\nat_most = { kll = 3.0 }': r'"kll" is no metric. Did you mean kl\?',
     'objective = "gold"\nstop_on = ["entropy_colapse"]': r"Did you mean entropy_collapse\?",
-    'method = "grid"': "sweep.objective: is missing",
+    'method = "grid"': "sweep.objective: is missing. By what trials are compared",
 }
 
 

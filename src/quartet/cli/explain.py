@@ -26,9 +26,15 @@ def explain(
     For an algorithm, a small model is trained for some twenty seconds, and the numbers of its third
     step are shown: responses, scores, log-probs, rewards, advantages, losses. The text is Markdown.
     """
-    from quartet.config.explain import one_of_them, setting_in_words
+    from quartet.config.explain import key_in_words, one_of_them, setting_in_words
     from quartet.config.suggestions import known_keys
 
+    if word.split(".")[0] == "sweep":
+        from quartet.sweeps.spec import SweepSpec
+
+        with refusing():
+            console.print(key_in_words(word, "sweep", SweepSpec), soft_wrap=True)
+        return
     if word in known_keys():
         console.print(setting_in_words(word), soft_wrap=True)
         return

@@ -4,7 +4,7 @@ remedy."""
 import json
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pydantic_core import ErrorDetails
@@ -69,13 +69,19 @@ def about_syntax(error: tomllib.TOMLDecodeError, text: str) -> str:
     return f":{line}: not TOML: {reason} (column {column}).{remedy}"
 
 
-def sentence(error: ErrorDetails, table: Table, origins: Mapping[str, str]) -> str:
-    """Return the sentence about an error: its place, its key and value, and what is right."""
+def sentence(
+    error: ErrorDetails,
+    table: Table,
+    origins: Mapping[str, str],
+    describe: Callable[[Sequence[str]], str] = description_of,
+) -> str:
+    """Return the sentence about an error: its place, its key and value, and what is right.
+    `describe` returns what a key means."""
     path = _path_in_file(error["loc"], table)
     key, value = ".".join(path), error["input"]
     place = where(key, origins)
     kind, context = error["type"], error.get("ctx", {})
-    description = f" {words}" if (words := description_of(path)) else ""
+    description = f" {words}" if (words := describe(path)) else ""
     if kind == "unexpected_keyword_argument":
         named, message = about_unknown(path, value, table)
         return f"{where(named, origins)}: {named}: {message}"

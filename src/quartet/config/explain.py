@@ -8,8 +8,15 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from quartet.config.suggestions import about_unknown, declarations, description_of, known_keys
+from quartet.config.suggestions import (
+    about_unknown,
+    declarations,
+    description_of,
+    keys_of,
+    known_keys,
+)
 from quartet.errors import QuartetError
+from quartet.io.texts import did_you_mean
 from quartet.parts import Family
 
 NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
@@ -38,6 +45,26 @@ def setting_in_words(key: str) -> str:
         if not inner.endswith(".type"):
             lines.append(f"  {inner:{width}}  {_first(description_of(inner.split('.')))}".rstrip())
     return "\n".join(lines)
+
+
+def key_in_words(key: str, name: str, table: Any) -> str:
+    """Return what a key means of a table that the class `table` declares, and for a table what it
+    has, one key a line. Raises `QuartetError` for an unknown one."""
+    known = [name, *keys_of(table, f"{name}.")]
+    if key not in known:
+        raise QuartetError(f"{key}: no such key.{did_you_mean(key, known)}")
+
+    def described(each: str) -> str:
+        return description_of(each.split(".")[1:], table)
+
+    if key == name:
+        lines = [f"{key}   a table", inspect.cleandoc(table.__doc__ or "")]
+    else:
+        [(owner, field)] = declarations(key.split(".")[1:], table)
+        lines = [f"{key}   {', '.join(_facts(owner, field))}", described(key)]
+    within = [each for each in known if each.rpartition(".")[0] == key]
+    width = max(map(len, within), default=0)
+    return "\n".join(lines + [f"  {each:{width}}  {_first(described(each))}" for each in within])
 
 
 def headlines(key: str) -> list[str]:

@@ -171,20 +171,22 @@ def _leaves(table: Mapping[str, Any], prefix: str) -> Iterator[str]:
 @functools.cache
 def known_keys() -> tuple[str, ...]:
     """Return all dotted keys of a config."""
-    return (*dict.fromkeys(_keys(Config)), "algorithm.preset")
+    return (*dict.fromkeys(keys_of(Config)), "algorithm.preset")
 
 
-def _keys(owner: Any, prefix: str = "") -> Iterator[str]:
+def keys_of(owner: Any, prefix: str = "") -> Iterator[str]:
+    """Yield the dotted keys of a table that a class declares."""
     hints = typing.get_type_hints(owner)
     for field in dataclasses.fields(owner):
         yield prefix + field.name
         for part in _parts_in(hints[field.name]):
-            yield from _keys(part, f"{prefix}{field.name}.")
+            yield from keys_of(part, f"{prefix}{field.name}.")
 
 
-def description_of(path: Sequence[str]) -> str:
-    """Return the description in a key's declaration; "" if it has none."""
-    for owner, field in declarations(path):
+def description_of(path: Sequence[str], root: Any = Config) -> str:
+    """Return the description in a key's declaration; "" if it has none. `root` declares the table
+    that the path begins in."""
+    for owner, field in declarations(path, root):
         if (
             description := getattr(field.default, "description", None)
             or owner.__pydantic_fields__[field.name].description
@@ -193,10 +195,12 @@ def description_of(path: Sequence[str]) -> str:
     return ""
 
 
-def declarations(path: Sequence[str]) -> Iterator[tuple[Any, "dataclasses.Field[Any]"]]:
+def declarations(
+    path: Sequence[str], root: Any = Config
+) -> Iterator[tuple[Any, "dataclasses.Field[Any]"]]:
     """Yield the classes that declare a key, with its field: several if it is of a part."""
     *tables, name = [step for step in path if not step.isdigit()] or [""]
-    for owner in _owners(tables):
+    for owner in _owners(tables, root):
         for field in dataclasses.fields(owner):
             if field.name == name:
                 yield owner, field
@@ -209,9 +213,9 @@ def may_be_left_out(path: Sequence[str]) -> bool:
     )
 
 
-def _owners(tables: Sequence[str]) -> list[Any]:
+def _owners(tables: Sequence[str], root: Any = Config) -> list[Any]:
     """Return the classes that declare the keys of a table: one, or one for each type of a part."""
-    owners: list[Any] = [Config]
+    owners: list[Any] = [root]
     for table in tables:
         owners = [
             part

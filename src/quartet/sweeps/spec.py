@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from quartet.config.errors import sentence, toml_value, where
+from quartet.config.suggestions import description_of
 from quartet.config.toml import ConfigError
 from quartet.io.texts import did_you_mean
 from quartet.parts import Field, part
@@ -92,16 +93,19 @@ class SearchedKey:
 
 @part
 class SweepSpec:
-    """The [sweep] table."""
+    """Which settings are tried, how often, and by what they are compared."""
 
     objective: str = Field(
-        description='What is compared: "gold", "held_out_reward" or "win_rate" of the evaluation, '
-        "or a metric by its name, as the mean of its last 5 values.",
+        description='By what trials are compared: "gold", "held_out_reward" or "win_rate" of the '
+        "evaluation, or a metric by its name, as the mean of its last 5 values.",
     )
-    keys: dict[str, SearchedKey] = Field(description="The searched keys, [sweep.keys].")
+    keys: dict[str, SearchedKey] = Field(
+        description="The searched keys, with their values or the range that they are drawn from."
+    )
     method: Method = Field(
         default="grid",
-        description='"grid": every combination; "random"; or "tpe": Bayesian search by optuna.',
+        description='How settings are chosen. "grid": every combination; "random"; or "tpe": '
+        "Bayesian search by optuna.",
     )
     direction: Literal["maximize", "minimize"] = Field(
         default="maximize", description="Whether more or less of the objective is better."
@@ -241,7 +245,11 @@ def _sentence(error: ValidationError, table: dict[str, Any], origins: Mapping[st
     """Return the sentence of a value of a wrong type or outside of its range."""
     first = error.errors()[0]
     place: Any = ("sweep", *first["loc"])
-    return sentence({**first, "loc": place}, {"sweep": table}, origins)
+
+    def describe(path: Sequence[str]) -> str:
+        return description_of(path[1:], SweepSpec)
+
+    return sentence({**first, "loc": place}, {"sweep": table}, origins, describe)
 
 
 def _problems(spec: SweepSpec) -> Iterator[tuple[str, str]]:
