@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from quartet.cli import app
 from quartet.cli.common import RESUMABLE
+from quartet.recipes import recipe_path, sweep_path, template_path
 
 HEAVY = """
 import atexit, os, sys
@@ -33,6 +34,24 @@ def test_the_help_begins_with_what_a_user_meets_first():
     words = CliRunner().invoke(app, ["--help"]).output.split()
     places = [words.index(name) for name in ("run", "plan", "init", "studio", "doctor", "replay")]
     assert places == sorted(places)
+
+
+@pytest.mark.parametrize(
+    ("name", "said", "wanted"),
+    [
+        ("ppo", "Fill it in, then: quartet plan ppo.toml, quartet run ppo.toml", template_path),
+        ("reviews", "Change it, then: quartet plan reviews.toml, quartet run", recipe_path),
+        ("epsilon-beta", "then: quartet sweep epsilon-beta.toml --plan, quartet", sweep_path),
+    ],
+)
+def test_init_writes_the_file_of_a_stage_a_recipe_or_a_sweep(
+    tmp_path, monkeypatch, name, said, wanted
+):
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, ["init", name])
+    assert result.exit_code == 0 and f"{name}.toml written. " in result.output
+    assert said in " ".join(result.output.split())
+    assert (tmp_path / f"{name}.toml").read_text() == wanted(name).read_text()
 
 
 def helps(command, name):

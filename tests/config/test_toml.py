@@ -53,6 +53,7 @@ def refusal(tmp_path, text, *words):
         (HEAD + '[algorithm]\npreset = "grpo"', 'algorithm.preset = "grpo", but the recipe says "ppo". Make them the same.'),
         (HEAD + '[algorithm.advantage]\ntype = "gae"\nlam = 1.5', "algorithm.advantage.lam = 1.5: must be ≤ 1."),
         ('recipe = "pppo"\n' + HEAD[15:], 'run.toml:1: recipe: "pppo" is no stage. Did you mean ppo? Known are sft, label, reward_model'),
+        ('recipe = "reviews"\n' + HEAD[15:], 'run.toml:1: recipe: "reviews" is no stage, but a recipe that ships with Quartet: quartet init reviews writes its file.'),
         ('recipe = ["ppo", "sft"]\n' + HEAD[15:], "recipe: ppo, sft: stages run in the order sft, label, reward_model, one RL, preference, ilql or custom stage, evaluation, each at most once, such as [\"sft\", \"ppo\"]."),
         ('recipe = ["sft", "evaluation"]\n' + HEAD[15:], "evaluation compares an RL, preference, ilql or custom stage's policy"),
         ("recipe = []\n" + HEAD[15:], "recipe: is empty."),

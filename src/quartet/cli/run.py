@@ -19,7 +19,14 @@ from quartet.cli.common import (
 )
 from quartet.cli.lifecycle import go_on, new_run
 from quartet.io.texts import did_you_mean, typed
-from quartet.recipes import template_names, template_path
+from quartet.recipes import (
+    recipe_names,
+    recipe_path,
+    sweep_names,
+    sweep_path,
+    template_names,
+    template_path,
+)
 
 if TYPE_CHECKING:
     from quartet.config.run import Launch
@@ -189,30 +196,37 @@ def plan(
 def init(
     recipe: Annotated[
         str,
-        typer.Argument(help="sft, reward_model, ppo, grpo, dpo, ilql or on_policy_distillation."),
+        typer.Argument(
+            help="sft, reward_model, ppo, grpo, dpo, ilql or on_policy_distillation, or a recipe "
+            "or a sweep that ships with Quartet, such as reviews."
+        ),
     ],
     file: Annotated[
         Path | None, typer.Argument(help="The file to write. Default: RECIPE.toml.")
     ] = None,
 ) -> None:
     """Write a commented TOML file to start from."""
-    template = template_path({"rm": "reward_model"}.get(recipe, recipe))
-    if template is None:
-        near = did_you_mean(recipe, template_names())
-        known = ", ".join(template_names())
-        refuse(f'"{recipe}": no such file to start from.{near} Known are {known}.')
-    target = file or Path(template.name)
+    stage = template_path({"rm": "reward_model"}.get(recipe, recipe))
+    sweep = sweep_path(recipe)
+    source = stage or recipe_path(recipe) or sweep
+    if source is None:
+        names = [*template_names(), *recipe_names(), *sweep_names()]
+        near = did_you_mean(recipe, names)
+        refuse(f'"{recipe}": no such file to start from.{near} Known are {", ".join(names)}.')
+    target = file or Path(source.name)
     if target.exists():
         refuse(f"{target}: exists already. Give another name: quartet init {recipe} NAME.toml")
     try:
-        target.write_text(template.read_text(encoding="utf-8"), encoding="utf-8")
+        target.write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
     except OSError as error:
         refuse(f"{target}: cannot be written ({error.strerror}).")
-    console.print(
-        f"{target} written. Fill it in, then: quartet plan {typed(target)}, quartet run "
-        f"{typed(target)}",
-        soft_wrap=True,
+    path, first = typed(target), "Fill it in, then" if stage else "Change it, then"
+    plan, run = (
+        (f"quartet sweep {path} --plan", f"quartet sweep {path}")
+        if source is sweep
+        else (f"quartet plan {path}", f"quartet run {path}")
     )
+    console.print(f"{target} written. {first}: {plan}, {run}", soft_wrap=True)
 
 
 @app.command()

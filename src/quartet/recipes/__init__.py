@@ -15,7 +15,7 @@ def recipe_names() -> list[str]:
 
 
 def template_path(name: str) -> Path | None:
-    """The commented file that `quartet init` writes."""
+    """The commented file for a stage that `quartet init` writes."""
     return FOLDER / "templates" / f"{name}.toml" if name in template_names() else None
 
 

@@ -6,6 +6,7 @@ from quartet.algorithms.preference import PREFERENCES
 from quartet.config.rules.base import rule
 from quartet.config.tables import Config
 from quartet.io.texts import did_you_mean
+from quartet.recipes import recipe_names
 from quartet.stages.kinds import EVALUATION, KINDS, LABEL, REWARD_MODEL, RL, kind_of
 from quartet.stages.rounds import rounds_of
 
@@ -25,6 +26,11 @@ def recipe_needs_a_stage(config: Config) -> str | None:
 def recipe_names_known_stages(config: Config) -> str | None:
     known = [stage for kind in KINDS for stage in kind.stages]
     for stage in config.recipe:
+        if stage in recipe_names():
+            return (
+                f'recipe: "{stage}" is no stage, but a recipe that ships with Quartet: quartet '
+                f"init {stage} writes its file. Known are {KNOWN_STAGES}."
+            )
         if stage not in known:
             near = did_you_mean(stage, known)
             return f'recipe: "{stage}" is no stage.{near} Known are {KNOWN_STAGES}.'
