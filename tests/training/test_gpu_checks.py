@@ -1,6 +1,7 @@
 """The checks of `tests/test_gpu.py`, on a device that is only pretended: that they can be gone through, and what they find there."""
 
 import pytest
+import torch
 
 from quartet.generation import slots
 from tests.support import gpu_checks as checks
@@ -28,6 +29,8 @@ def test_decoding_and_sampling(kind, monkeypatch):
 
 @pytest.mark.parametrize("kind", [next(iter(checks.KINDS)), *SLOW[:-1]])
 def test_gradients(kind):
+    if kind == "experts" and torch.__version__ < "2.12":
+        pytest.skip("torch 2.11 has no gradient of topk for the pretended device's tensors")
     with pretended():
         assert checks.gradient_cosine(kind, pretends=True) > 0.99
 

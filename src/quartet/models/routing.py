@@ -5,7 +5,7 @@ logits of a pass, in the fused forward and in transformers' own. Which tokens of
 is known where rows are packed (`models/trunk.py`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,6 +13,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+import transformers
 from transformers import MODEL_MAPPING
 
 from quartet.algorithms.load_balancing import Routing
@@ -75,7 +76,7 @@ def recorded_routing(trunk: Trunk) -> Iterator[Recorder]:
         yield recorder
         return
     text = config.get_text_config()
-    spec = MODEL_MAPPING[type(text)]._can_record_outputs["router_logits"]
+    spec = _recordable(text)["router_logits"]
     recorder.chosen = text.num_experts_per_tok
     hooks = [
         module.register_forward_hook(partial(_keep, recorder, spec.index))
@@ -104,7 +105,20 @@ def why_not_balanced(config: Any) -> str | None:
         kind = getattr(text, "model_type", "the model")
         return f"{kind} is none of the mixtures of experts whose load Quartet balances"
     experts = getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None) or 0
-    return f"this {text.model_type} has no experts" if experts < 2 else None
+    if experts < 2:
+        return f"this {text.model_type} has no experts"
+    if "router_logits" not in _recordable(text):
+        return (
+            f"transformers {transformers.__version__} does not say what the routers of "
+            f"{text.model_type} give, as newer releases do"
+        )
+    return None
+
+
+def _recordable(text: Any) -> Mapping[str, Any]:
+    """Return which outputs of modules inside transformers names for a text model's class."""
+    recordable: Mapping[str, Any] = MODEL_MAPPING[type(text)]._can_record_outputs or {}
+    return recordable
 
 
 def _is_compiled(trunk: Trunk) -> bool:
