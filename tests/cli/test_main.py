@@ -71,6 +71,14 @@ def test_no_text_in_brackets_is_taken_as_markup():
         assert Text.from_markup(text).plain == text.replace("\\[", "["), name
 
 
+def test_a_paragraph_of_help_breaks_where_the_terminal_ends():
+    """typer keeps the line breaks of a docstring, which were then broken once more."""
+    group = typer.main.get_command(app)
+    for name in group.list_commands(None):
+        first, *paragraphs = group.get_command(None, name).help.split("\n\n")
+        assert not any("\n" in text for text in [first, *paragraphs]), name
+
+
 @pytest.mark.parametrize(
     ("code", "said"), [(RESUMABLE, "stopped registered\n"), (0, "stopped registered\nreleased")]
 )

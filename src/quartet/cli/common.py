@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import inspect
 import ipaddress
 import json
 import secrets
@@ -66,6 +67,13 @@ class Commands(TyperGroup):
 
     def list_commands(self, ctx: Any) -> list[str]:
         return sorted(super().list_commands(ctx), key=ORDER.index)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        command = super().get_command(ctx, cmd_name)
+        if command is not None and command.help:  # typer keeps the line breaks of a docstring
+            paragraphs = inspect.cleandoc(command.help).split("\n\n")
+            command.help = "\n\n".join(" ".join(text.split()) for text in paragraphs)
+        return command
 
     def make_context(self, *args: Any, **kwargs: Any) -> Any:
         with _usage_in_a_sentence():
