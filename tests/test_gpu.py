@@ -134,7 +134,7 @@ def peak(tmp_path, *words):
 
 
 def test_memory_is_what_the_plan_says(tmp_path):
-    """Within 30 %, and by as much less as what rests is said to be."""
+    """Within 30%, and by as much less as what rests is said to be."""
     planned = {}
     for word in ("false", "true"):
         config = read_settings(

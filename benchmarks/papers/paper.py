@@ -84,7 +84,7 @@ def pm(values: Sequence[float]) -> str:
 
 
 def interval(values: Sequence[float]) -> str:
-    """Return the mean of two to five values with its interval of 95 % by Student's t. One value has
+    """Return the mean of two to five values with its interval of 95% by Student's t. One value has
     no interval."""
     mean = statistics.fmean(values)
     if len(values) == 1:

@@ -88,7 +88,7 @@ def prompt_of(state):
 
 
 def inside(numbers, value, slack=1.6):
-    """Whether a value is in an interval that is `slack` times as wide (99.8 % instead of 95 %)."""
+    """Whether a value is in an interval that is `slack` times as wide (99.8% instead of 95%)."""
     half = slack * (numbers["high"] - numbers["low"]) / 2
     return abs(value - (numbers["high"] + numbers["low"]) / 2) <= half + 1e-9
 

@@ -240,7 +240,7 @@ def test_the_fused_forward_and_the_decoder_are_taken_in_bfloat16_too(name):
 @pytest.mark.parametrize("kind", ["qwen3", "gemma3_text", "olmo2"])
 @torch.no_grad()
 def test_queries_and_keys_are_rounded_in_the_decoder_where_the_learner_rounds_them(kind):
-    """A norm is rounded once, behind its weights. A second time put Gemma 3 270M's sampler 2.1 % from its learner, not 1.5 %."""
+    """A norm is rounded once, behind its weights. A second time put Gemma 3 270M's sampler 2.1% from its learner, not 1.5%."""
     shape = {
         "hidden_size": 64,
         "num_attention_heads": 4,

@@ -313,7 +313,7 @@ def test_published_steps_are_little_longer_than_their_phases_in_turn_or_side_by_
     generation, scoring, update, bound, step
 ):
     """A 7 B model by DAPO on 16 H20 GPUs, FSDP2 and Megatron, all in turn or 4 that generate beside 12 that train: verl,
-    docs/advance/one_step_off.md. Phases that a published row does not list are 4 to 12 % of it."""
+    docs/advance/one_step_off.md. Phases that a published row does not list are 4 to 12% of it."""
     found = simulate(1, float(generation), 0.0, 1, float(scoring + update), 0.0, bound, 40).seconds
     assert 0.87 * step < found < step
 
@@ -344,7 +344,7 @@ def published(parameters, hidden, layers, intermediate, heads_share, vocabulary,
 )
 def test_ranges_against_published_steps(size, count, generators, step):
     """GRPO on H100 GPUs, by NeMo RL, docs/about/performance-summary.md (Qwen3-32B of v0.7, Llama-3.1-8B of v0.5). Two of the four are
-    in the range, one is 7 % quicker and one a third slower; nothing is fitted to them."""
+    in the range, one is 7% quicker and one a third slower; nothing is fitted to them."""
     if size == "32B":
         work = published(32_800_000_000, 5120, 64, 25600, 0.2, 152_000, 3256.0)
     else:

@@ -317,7 +317,7 @@ def test_a_stage_says_what_samples_and_what_the_learner_computes_in(served, prec
 
 @pytest.mark.parametrize("rounding", ["bf16", "engine", "engine, bf16"])
 def test_a_sampler_that_rounds_is_told_from_one_that_is_wrong(rounding):
-    """Stopped at 10 %, and at five times the gap of step 1; a gap that begins large may stay."""
+    """Stopped at 10%, and at five times the gap of step 1; a gap that begins large may stay."""
 
     def found(gaps):
         return spoken(lambda s: {"sampler_ratio": 1 + gaps[min(s, len(gaps)) - 1]}, 12, rounding)

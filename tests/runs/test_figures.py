@@ -153,6 +153,14 @@ def test_an_axis_shows_small_shares_from_0_and_ratios_by_their_logarithm(ppo_run
     assert "type" not in lines(ppo_run, "ppo", "KL", ["kl"])["layout"]["yaxis"]
 
 
+def test_lines_of_one_chart_differ_by_more_than_colour_from_the_third_on(ppo_run):
+    names = ["reward", "kl", "response/tokens", "policy/entropy"]
+    for smooth in (False, True):
+        spec = lines(ppo_run, ppo_run.rl_stage, "KL", names, smooth=smooth)
+        dashes = {each["name"]: each["line"]["dash"] for each in spec["data"] if "name" in each}
+        assert list(dashes.values()) == ["solid", "solid", "dash", "dot"]
+
+
 def test_a_warning_on_the_axis_has_its_sentence_as_text(ppo_run, monkeypatch):
     warning = {"stage": "ppo", "step": 2, "sentence": "a <b>bold</b> one & more " * 5}
     monkeypatch.setattr(type(ppo_run), "warnings", [warning])

@@ -127,13 +127,13 @@ FAULTS = {
         "reward_model",
         lambda s: {},
         {"held_out_accuracy": 0.3, "held_out_confidence": 0.5},
-        (0, "30% of 200 held-out pairs are ordered as labelled (95 % interval up to 37%)"),
+        (0, "30% of 200 held-out pairs are ordered as labelled (95% interval up to 37%)"),
     ),
     rules.no_better_than_chance: (
         "reward_model",
         lambda s: {},
         {"held_out_accuracy": 0.55, "held_out_confidence": 0.6},
-        (0, "55% of 200 held-out pairs are ordered as labelled (95 % interval 48% to 62%)"),
+        (0, "55% of 200 held-out pairs are ordered as labelled (95% interval 48% to 62%)"),
     ),
     rules.memorised: (
         "reward_model",
@@ -145,7 +145,7 @@ FAULTS = {
         "reward_model",
         lambda s: {},
         {"held_out_accuracy": 0.7, "held_out_confidence": 0.98},
-        (0, "claim an accuracy of 98%, and it is 70% (95 % interval up to 76%)"),
+        (0, "claim an accuracy of 98%, and it is 70% (95% interval up to 76%)"),
     ),
     rules.prefers_by_length: (
         "reward_model",
@@ -202,7 +202,7 @@ def test_an_interval_that_was_worked_by_hand():
 
 
 def test_few_pairs_cannot_tell_a_model_from_chance():
-    """65 % of 20 pairs may be chance, and 65 % of 200 are not."""
+    """65% of 20 pairs may be chance, and 65% of 200 are not."""
     few = spoken("reward_model", summary={"held_out_accuracy": 0.65, "held_out_pairs": 20})
     assert "65% of 20 held-out pairs" in few[rules.no_better_than_chance][1]
     assert spoken("reward_model", summary={"held_out_accuracy": 0.65}) == {}

@@ -175,7 +175,7 @@ def check_reference_logprobs(record, reference):
         tokens, mask = torch.tensor([columns["token_id"]]), torch.tensor([columns["is_response"]])
         expected = masked_logprobs(other, tokens, mask).detach()[mask].tolist()
         recorded = [x for x in columns["ref_logprob"] if x is not None]
-        assert recorded == pytest.approx(expected, rel=3e-3)  # the record is rounded to 0.2 %
+        assert recorded == pytest.approx(expected, rel=3e-3)  # the record is rounded to 0.2%
 
 
 def test_ppo_with_a_critic_is_held_to_the_model_that_is_named(place):

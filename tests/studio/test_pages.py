@@ -1,7 +1,9 @@
 """Pages over HTTP: what they hold, what is escaped, what is refused."""
 
+import html
 import json
 import math
+import os
 import re
 import shutil
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 import torch
 from starlette.testclient import TestClient
 
+from quartet.io.texts import typed
 from quartet.models.language_model import load_model, load_tokenizer
 from quartet.runs.charts import CHARTS
 from quartet.runs.definitions import definition
@@ -82,7 +85,7 @@ def test_the_table_of_an_evaluation_has_gold_once_and_shares_in_percent():
     assert rows == [
         ("reward (what was trained on)", "1.00", "1.00"),
         ("gold reward (what was meant)", "2.00", "3.00"),
-        ("answers that end", "50.0 %", "50.0 %"),
+        ("answers that end", "50.0%", "50.0%"),
     ]
     two = {"reward": 1.0, "reward/model": 2.0, "reward/brevity": -1.0, "response/turns": 2.0}
     labels = [label for label, *_ in views.evaluation_rows({"before": two, "after": two})]
@@ -425,6 +428,20 @@ def test_the_reason_of_a_failed_run_is_on_its_first_page(tmp_path):
     client = TestClient(make_app([tmp_path]), base_url="http://127.0.0.1:8700")
     page = client.get("/run/run/").text
     assert "The run failed: no &lt;b&gt;" in page
+
+
+def test_how_a_run_that_was_stopped_goes_on_is_on_its_first_page(tmp_path):
+    events = tmp_path / "a run" / "events.jsonl"
+    events.parent.mkdir()
+    client = TestClient(make_app([tmp_path]), base_url="http://127.0.0.1:8700")
+    events.write_text('{"event": "interrupted", "time": 1.0}\n')
+    words = f"quartet run {typed(events.parent)} --resume"
+    page = html.unescape(client.get("/run/a%20run/").text)
+    assert f"The run was stopped, and nothing is lost: {words} goes on with it." in page
+    events.write_text('{"event": "started", "time": 1.0}\n')
+    assert words not in html.unescape(client.get("/run/a%20run/").text)
+    os.utime(events, (1, 1))
+    assert f"If the run has ended: {words}" in html.unescape(client.get("/run/a%20run/").text)
 
 
 def test_a_setting_breaks_at_its_dots_and_is_escaped():

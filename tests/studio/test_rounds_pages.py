@@ -89,7 +89,7 @@ def test_the_reward_model_of_each_round_has_its_own_pairs_and_summary(page, two_
         text = page(f"reward-model?round={number}").text
         assert pills(text)[1] == [f"round {number}"]
         accuracy = two_rounds.summary(in_round("reward_model", number))["held_out_accuracy"]
-        assert f"{100 * accuracy:.1f} %" in text
+        assert f"{100 * accuracy:.1f}%" in text
         assert f"accuracy on {len(two_rounds.pairs(number))} held-out pairs" in text
     assert pills(page("reward-model").text)[1] == ["round 2"]
     assert two_rounds.pairs() == two_rounds.pairs(2) != two_rounds.pairs(1)

@@ -31,7 +31,7 @@ def whiten(
     """Return (x − μ) / √(σ² + eps) over the entries of the mask, 0 elsewhere.
 
     σ² is the population variance, as in Ziegler et al. 2019 and its reproductions; with `sample` it
-    is divided by n − 1, as in TRL and veRL. The results differ by √(n / (n − 1)), 1.4 % on 35
+    is divided by n − 1, as in TRL and veRL. The results differ by √(n / (n − 1)), 1.4% on 35
     tokens.
     """
     count = mask.sum()

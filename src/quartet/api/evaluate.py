@@ -40,7 +40,7 @@ def evaluate(
 
     Otherwise two policies answer the same held-out prompts as a run of the stage `evaluation`, and
     the finished run is returned. Its `summaries["evaluation"]` has `win_rate` and `kl`, each a mean
-    with half the width of its 95 % confidence interval; `judge`, what decided a win: "reward", or
+    with half the width of its 95% confidence interval; `judge`, what decided a win: "reward", or
     "gold" in an embedded world; `before` and `after`, mean rewards and measures of the texts; and
     `samples`. The responses are in the run folder.
 

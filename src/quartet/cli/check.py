@@ -206,7 +206,7 @@ def _report_lines(summary: "Report") -> list[tuple[str, str]]:
         over = "" if sizes.over is None else f", {sizes.over:.1%} over the limit"
         lines.append(
             (
-                f"{part:<11}median {sizes.median:,}, 95 % up to {sizes.p95:,}, longest "
+                f"{part:<11}median {sizes.median:,}, 95% up to {sizes.p95:,}, longest "
                 f"{sizes.longest:,} {summary.unit}{over}",
                 plain,
             )

@@ -66,7 +66,7 @@ class Data:
         default=1000,
         ge=1,
         description="How many held-out demonstrations and pairs are evaluated at most, evenly "
-        "spread over those that there are: 1,000 measure an accuracy to ± 3 %, 200 to ± 7 %.",
+        "spread over those that there are: 1,000 measure an accuracy to ± 3%, 200 to ± 7%.",
     )
     max_prompt_tokens: int = Field(
         default=512, ge=1, description="Rows with a longer prompt are unusable."

@@ -72,7 +72,7 @@ class RunConfig:
     checkpoint_every: int | None = Field(
         default=None,
         ge=1,
-        description="Steps between checkpoints. Left out, they take under 2 % of the time.",
+        description="Steps between checkpoints. Left out, they take under 2% of the time.",
     )
     keep_last: int = Field(
         default=2, ge=1, description="How many of the newest checkpoints are kept."

@@ -12,7 +12,7 @@ Gold = Callable[[str, str], float]
 
 @dataclass(frozen=True)
 class MeanAndInterval:
-    """A mean and half the width of its 95 % confidence interval."""
+    """A mean and half the width of its 95% confidence interval."""
 
     mean: float
     interval: float

@@ -3,7 +3,7 @@ next tokens, and bias and variance of advantages.
 
 V̂ is the mean of M returns from a state, se its standard error, V the critic's value, V* the
 expected return. Wherever a square of V − V* is estimated, se² is subtracted from (V − V̂)², which is
-too large by it on average. Intervals are of 95 %; states of one prompt are not independent, so that
+too large by it on average. Intervals are of 95%; states of one prompt are not independent, so that
 intervals are computed from sums over prompts (Cochran 1977, section 6.4).
 """
 
@@ -72,7 +72,7 @@ def estimate(value: float, error: float | None, count: int) -> dict[str, float |
 
 
 def t_quantile(freedom: int) -> float:
-    """Return the quantile at 97.5 % of Student's t, by its expansion in 1 / ν (Abramowitz & Stegun
+    """Return the quantile at 97.5% of Student's t, by its expansion in 1 / ν (Abramowitz & Stegun
     1964, 26.7.5): 3.16 for ν = 3, where it is 3.18, and Z for many. For ν = 1 and 2 it is too
     small, 9.7 for 12.7 and 4.17 for 4.30."""
     powers = [Z ** (2 * k + 1) for k in range(4)]

@@ -1,6 +1,6 @@
 """Intervals, paired tests and corrections of an evaluation. Imports no torch.
 
-All intervals are of 95 %.
+All intervals are of 95%.
 """
 
 import math
@@ -11,15 +11,15 @@ from statistics import NormalDist
 import numpy as np
 
 Z = 1.959963984540054
-"""The normal distribution's quantile at 97.5 %."""
+"""The normal distribution's quantile at 97.5%."""
 EXACT = 1000
 """Up to so many wins and losses the sign test is exact."""
 RIDGE = 0.01
 """The penalty of the length's coefficient, RIDGE / 2 · φ²: without it a judge that only likes
 length would have an infinite one."""
 RESAMPLES = 5000
-"""The resamples of the bootstrap. The shares of 2.5 % at its ends have a standard error of
-0.2 %."""
+"""The resamples of the bootstrap. The shares of 2.5% at its ends have a standard error of
+0.2%."""
 BLOCK = 1 << 20
 """The most numbers that are drawn at once."""
 NORMAL = NormalDist()
@@ -27,7 +27,7 @@ NORMAL = NormalDist()
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number and its 95 % confidence interval, whose ends are None where one row alone says
+    """A number and its 95% confidence interval, whose ends are None where one row alone says
     nothing of the spread."""
 
     value: float

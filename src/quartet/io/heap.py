@@ -42,7 +42,7 @@ def share_one_heap() -> None:
     main heap only: with another one, steps took 1.3 times as long. Threads that have a heap keep
     it, so commands call it before any library starts one. A run in Python calls it when it starts;
     its worker's thread then takes the main heap, unless the program has ended threads whose heaps
-    are free. There 8 % of the processor time of a step was saved.
+    are free. There 8% of the processor time of a step was saved.
     """
     if mallopt := _glibc("mallopt"):
         mallopt(M_ARENA_MAX, 1)

@@ -16,8 +16,8 @@ MEASURED: frozenset[str] = frozenset()
 """The figures of a plan that were measured on a GPU, by name. None was."""
 LEGEND = (
     "~ was never measured on a GPU. Memory follows counts of what the program allocates, without a "
-    "GPU; times follow the makers' numbers, of which 25 to 50 % are assumed in compute and 50 to "
-    "85 % in bandwidth."
+    "GPU; times follow the makers' numbers, of which 25 to 50% are assumed in compute and 50 to "
+    "85% in bandwidth."
 )
 HOST = 8
 """GPUs of one host, which can hold one copy of the weights together."""

@@ -20,7 +20,7 @@ CPU_MICRO_BATCH = 2048
 with this one rows of similar length share a micro-batch."""
 CPU_ACTIVATIONS, LEAST_MICRO_BATCH = 320e6, 256
 """Bytes of activations of a micro-batch on CPUs, and tokens that it has in any case. A model of
-270 M parameters has 360 tokens then. That took 4 % longer than 2,048 and 1.6 GB less."""
+270 M parameters has 360 tokens then. That took 4% longer than 2,048 and 1.6 GB less."""
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ def block_bytes(model: Sizes, number: int = FLOAT, on_gpu: bool = False) -> floa
 
 def adapter_parameters(config: Config) -> int | None:
     """Return the number of parameters of one adapter, None where the policy has none. For a model
-    whose shape is not known, 1 % of its parameters is the guess."""
+    whose shape is not known, 1% of its parameters is the guess."""
     lora, model = config.policy.adapter, sizes(config)
     if lora is None:
         return None

@@ -43,7 +43,7 @@ NUMBERS = (
 )
 """The columns of numbers of each token, in their order."""
 MANTISSA_BITS = 9
-"""How many of a float32's 24 mantissa bits are written: the relative error is at most 0.2 %."""
+"""How many of a float32's 24 mantissa bits are written: the relative error is at most 0.2%."""
 
 
 class TokenTexts:

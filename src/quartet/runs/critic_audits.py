@@ -257,9 +257,14 @@ def _first_token(audit: Audit) -> str:
     if row is None or row["first"] > 0:
         return ""
     if not is_significant(row["bias"]):
+        off = (
+            f"is off by {short(row['rmse']['value'])} (RMS)"
+            if row["rmse"]["value"]
+            else "has no error beyond the noise"
+        )
         return (
             f"At the first token its mean is right within the noise, {interval(row['bias'])}; for "
-            f"a single prompt it is off by {short(row['rmse']['value'])} (RMS)."
+            f"a single prompt it {off}."
         )
     return f"At the first token the critic is {_side(row['bias']['value'])} on average."
 
@@ -291,7 +296,7 @@ def _kind_of_error(audit: Audit) -> str:
         )
     size = f"RMS {interval(rmse)}"
     name = max(("level", "position", "rest"), key=lambda part: float(parts[part]))
-    share = f"{100 * parts[name] / parts['total']:.0f} % of its square"
+    share = f"{100 * parts[name] / parts['total']:.0f}% of its square"
     if name == "level":
         return f"Its error ({size}) is mostly a constant offset: {share}."
     if name == "position":
@@ -334,7 +339,7 @@ def _explained(audit: Audit) -> str:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %".replace("-", "−")
+    return f"{100 * share:.0f}%".replace("-", "−")
 
 
 def _ranking(audit: Audit) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from quartet.runs.critic_audits import Audit, place
-from quartet.runs.figures import COLORS, DASHED, GREY, Spec, axis, layout
+from quartet.runs.figures import COLORS, DASHED, GREY, Spec, axis, layout, stroke
 
 CAPTIONS = (
     (
@@ -121,7 +121,7 @@ def _line(x: Sequence[Any], y: Sequence[Any], name: str, place: int) -> Spec:
         "x": list(x),
         "y": list(y),
         "name": name,
-        "line": {"color": COLORS[place], "width": 2},
+        "line": stroke(place),
     }
 
 

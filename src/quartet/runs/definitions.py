@@ -49,7 +49,7 @@ DEFINITIONS = (
         "reward/unscored",
         "unscored",
         "the share of responses that no reward could score; they were left out",
-        "Above 5 %, see run.log.",
+        "Above 5%, see run.log.",
     ),
     Definition(
         "reward/clipped",
@@ -241,7 +241,7 @@ DEFINITIONS = (
         "staleness/thrown_away",
         "thrown away",
         "the share of response tokens to which the correction gave the weight 0",
-        "Above 10 %, sampler and learner are too far apart.",
+        "Above 10%, sampler and learner are too far apart.",
     ),
     Definition(
         "policy/win_rate",

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import Field, TypeAdapter
 
-from quartet.runs.figures import COLORS, Spec, axis, layout
+from quartet.runs.figures import Spec, axis, layout, stroke
 from quartet.runs.records import Finite, Name, Record
 from quartet.runs.untrusted import MAX_DOCUMENT, Folder, Unreadable, checked, parse_json
 from quartet.runs.wording import number
@@ -108,7 +108,7 @@ def evaluation_tables(result: Mapping[str, Any]) -> list[Table]:
             if own:
                 rows[name, policy] = {c["measure"]: estimate(c, c.get("missing", 0)) for c in own}
     table: Table = (
-        "The mean, with its 95 % interval in brackets.",
+        "The mean, with its 95% interval in brackets.",
         [COLUMNS.get(column, column) for column in columns],
         [
             (f"{name} · {policy}" if several else policy, [row.get(c, "–") for c in columns])
@@ -174,17 +174,22 @@ def kl_frontier(result: Mapping[str, Any]) -> Spec | None:
     data = []
     for which, ((name, measure), points) in enumerate(lines.items()):
         x, y, half, policies = zip(*sorted(points), strict=True)
-        color = COLORS[which % len(COLORS)]
+        line = stroke(which)
         data.append(
             {
                 "x": list(x),
                 "y": list(y),
-                "error_y": {"type": "data", "array": list(half), "color": color, "thickness": 1},
+                "error_y": {
+                    "type": "data",
+                    "array": list(half),
+                    "color": line["color"],
+                    "thickness": 1,
+                },
                 "text": [escape(policy) for policy in policies],
                 "type": "scatter",
                 "mode": "lines+markers",
                 "name": escape(f"{measure}, {name}"),
-                "line": {"color": color, "width": 2},
+                "line": line,
                 "hovertemplate": "%{text}: %{y:.3g} at √KL %{x:.3g}<extra></extra>",
             }
         )

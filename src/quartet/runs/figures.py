@@ -22,11 +22,13 @@ LOGARITHMIC = {"ratio/max", "ratio/min"}
 """Metrics with a logarithmic axis: ratios of 2 and ½ are equally far from 1."""
 SCORES = {"reward": "reward", "gold": "reward/gold"}
 """The scores of a best-of-n curve, and the metrics that are the same."""
+PERCENT = "~%"
+"""The format of an axis of shares. A fixed number of digits would write 0.5% and 1% as the same."""
 WIN_RATE_AXIS = {
     "overlaying": "y",
     "side": "right",
     "range": [0, 1.02],
-    "tickformat": ".0%",
+    "tickformat": PERCENT,
     "showgrid": False,
     "dtick": 0.25,
     "tick0": 0,
@@ -39,6 +41,9 @@ SMOOTHING = 0.1
 COLORS = ("#3b82f6", "#d97706", "#059669", "#ef4444", "#8b5cf6", "#0d9488", "#ec4899", "#65a30d")
 GREY = "#808690"
 """Each has a contrast of at least 3 to the background of a light and of a dark page."""
+DASHES = ("solid", "solid", "dash", "dot", "dashdot", "longdash", "longdashdot", "solid")
+"""Lines of a chart differ by more than colour from the third on: who cannot tell red from green
+sees green as grey, and red as orange."""
 
 
 def lines(
@@ -56,22 +61,21 @@ def lines(
     smooth = smooth and can_smooth(series, names, run.definitions)
     data = []
     for place, name in enumerate(names):
-        color = COLORS[place % len(COLORS)]
         label = definition(name, run.definitions).label
         points = _points(series, name)
         if _sparse(series, points):
             steps, values = zip(*points, strict=True) if points else ((), ())
-            data.append(_line(steps, values, color, {"name": label, "mode": "lines+markers"}))
+            data.append(_drawn(steps, values, place, {"name": label, "mode": "lines+markers"}))
             continue
         x, y = thinned(list(series.steps), list(series.columns[name]))
         if smooth:
             behind = {"opacity": 0.25, "hoverinfo": "skip", "showlegend": False}
-            data.append(_line(x, y, color, behind))
+            data.append(_drawn(x, y, place, behind))
         means = smoothed(y) if smooth else None
-        data.append(_line(x, means or y, color, {"name": label}))
+        data.append(_drawn(x, means or y, place, {"name": label}))
     spec: Spec = {
         "data": data,
-        "layout": layout(title, ".0%" if percent else None, legend=len(names) > 1),
+        "layout": layout(title, PERCENT if percent else None, legend=len(names) > 1),
     }
     spec["layout"]["xaxis"] = _step_axis(series.steps)
     drawn = [v for name in names for _, v in _points(series, name)]
@@ -219,7 +223,7 @@ def _win_rates(series: "Series", distance: Sequence[float]) -> Spec:
         "yaxis": "y2",
         "marker": {"size": 9, "symbol": "diamond", "color": COLORS[2]},
         "customdata": [series.steps[i] for i in places],
-        "cliponaxis": False,  # a marker at 0 % or 100 % is drawn whole
+        "cliponaxis": False,  # a marker at 0% or 100% is drawn whole
         "hovertemplate": "after step %{customdata}: wins %{y:.0%} at √KL %{x:.3g}<extra>"
         + label
         + "</extra>",
@@ -271,10 +275,10 @@ def calibration(pairs: Sequence[Mapping[str, Any]]) -> Spec:
             },
         ),
     ]
-    spec: Spec = {"data": data, "layout": layout("Calibration", ".0%", legend=True)}
+    spec: Spec = {"data": data, "layout": layout("Calibration", PERCENT, legend=True)}
     spec["layout"] |= {
-        "xaxis": axis("predicted probability") | {"tickformat": ".0%"},
-        "yaxis": axis("share that was right") | {"tickformat": ".0%"},
+        "xaxis": axis("predicted probability") | {"tickformat": PERCENT},
+        "yaxis": axis("share that was right") | {"tickformat": PERCENT},
     }
     spec["layout"] |= {"height": 340, "hovermode": "closest"}
     return spec
@@ -452,6 +456,20 @@ def _hover_text(text: str) -> str:
 
 FEW_POINTS = 8
 """The most points of a line that are marked. Of a single point, no line is to be seen."""
+
+
+def _drawn(x: Sequence[Any], y: Sequence[Any], place: int, more: Mapping[str, Any]) -> Spec:
+    stroked = stroke(place)
+    return _line(x, y, stroked["color"], {"line": stroked, **more})
+
+
+def stroke(place: int) -> Spec:
+    """Return how the line of a place in a chart is drawn."""
+    return {
+        "color": COLORS[place % len(COLORS)],
+        "dash": DASHES[place % len(DASHES)],
+        "width": 2,
+    }
 
 
 def _line(x: Sequence[Any], y: Sequence[Any], color: str, more: Mapping[str, Any]) -> Spec:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from quartet.runs.figures import COLORS, DASHED, GREY, Spec, axis, layout
+from quartet.runs.figures import COLORS, DASHED, GREY, PERCENT, Spec, axis, layout
 from quartet.runs.sweeps import Sweep, Trial
 from quartet.runs.wording import number
 
@@ -151,7 +151,7 @@ def importance(sweep: Sweep) -> Spec:
         }
     )
     spec["layout"] |= {
-        "xaxis": axis(None) | {"range": [0, 1.02], "tickformat": ".0%"},
+        "xaxis": axis(None) | {"range": [0, 1.02], "tickformat": PERCENT},
         "height": 150 + 44 * len(rows),
         "hovermode": "closest",
     }

@@ -29,7 +29,7 @@ LABELS = 10
 
 
 def wilson(share: float, count: float) -> tuple[float, float]:
-    """Return the 95 % confidence interval of a share of `count` independent cases (Wilson 1927).
+    """Return the 95% confidence interval of a share of `count` independent cases (Wilson 1927).
 
     (p + z²/2n ± z √(p (1 − p)/n + z²/4n²)) / (1 + z²/n), z = 1.96. 0.5 of 100: 0.404 to 0.596.
     """
@@ -116,7 +116,7 @@ def worse_than_chance(history: History) -> str | None:
     if high >= 0.5:
         return None
     return (
-        f"{share:.0%} of {count:,.0f} held-out pairs are ordered as labelled (95 % interval up to "
+        f"{share:.0%} of {count:,.0f} held-out pairs are ordered as labelled (95% interval up to "
         f"{high:.0%}), fewer than by chance: are chosen and rejected swapped in one of the files?"
     )
 
@@ -128,7 +128,7 @@ def no_better_than_chance(history: History) -> str | None:
     if not low <= 0.5 <= high:
         return None
     return (
-        f"{share:.0%} of {count:,.0f} held-out pairs are ordered as labelled (95 % interval "
+        f"{share:.0%} of {count:,.0f} held-out pairs are ordered as labelled (95% interval "
         f"{low:.0%} to {high:.0%}): no better than chance. Look at the labels, train longer or "
         "with another learning rate, or hold out more pairs."
     )
@@ -144,7 +144,7 @@ def memorised(history: History) -> str | None:
         return None
     return (
         f"pair accuracy is {train:.0%} in training and {share:.0%} on {count:,.0f} held-out pairs "
-        f"(95 % interval up to {high:.0%}): the pairs are memorised. Take fewer steps, or add "
+        f"(95% interval up to {high:.0%}): the pairs are memorised. Take fewer steps, or add "
         "pairs."
     )
 
@@ -159,7 +159,7 @@ def margins_explode(history: History) -> str | None:
         return None
     return (
         f"the score differences of {count:,.0f} held-out pairs claim an accuracy of {claimed:.0%}, "
-        f"and it is {share:.0%} (95 % interval up to {high:.0%}): margins have exploded. Lower the "
+        f"and it is {share:.0%} (95% interval up to {high:.0%}): margins have exploded. Lower the "
         "learning rate, or take fewer steps."
     )
 
@@ -213,7 +213,7 @@ def chosen_becomes_unlikely(history: History) -> str | None:
 
 
 def _accuracy(history: History) -> tuple[float, float, tuple[float, float]]:
-    """Return the held-out accuracy, the number of pairs and the 95 % confidence interval."""
+    """Return the held-out accuracy, the number of pairs and the 95% confidence interval."""
     share, count = history.now("held_out/accuracy", 0.5), history.now("held_out/pairs", 0.0)
     return share, count, wilson(share, count) if count >= 1 else (0.0, 1.0)
 

@@ -56,7 +56,7 @@ def stale(components: RLComponents) -> None:
 
 
 def reference(components: RLComponents) -> None:
-    """The reference is not the model that RL starts from: its weights have 10 % noise."""
+    """The reference is not the model that RL starts from: its weights have 10% noise."""
     if components.learner.reference is None:
         raise ValueError("--break reference: this algorithm has no reference model.")
     noise = torch.Generator().manual_seed(0)

@@ -123,7 +123,7 @@ class Pages:
             stage=stage,
             charts=views.overview(run, stage) if stage else [],
             numbers=views.headline(run),
-            failure=views.failure(run),
+            standing=views.standing(run),
             summary=stage_summary(run.summary(stage)) if stage else [],
             steps=run.steps(),
             page="overview",

@@ -41,10 +41,10 @@ def _overlay(
     drawn = [figures.lines(run, stage, title, [name], percent, smooth) for run, stage in having]
     data = []
     for (run, _), spec in zip(having, drawn, strict=True):
-        color = figures.COLORS[chosen.index(run) % len(figures.COLORS)]
+        stroke = figures.stroke(chosen.index(run))
         for line in spec["data"]:
             more = {"name": markup.escape(run.name)} if "name" in line else {}
-            data.append(line | more | {"line": {"color": color, "width": 2}})
+            data.append(line | more | {"line": stroke})
     longest = max(drawn, key=lambda spec: max(spec["data"][-1]["x"], default=0))
     layout = longest["layout"] | {"annotations": [], "shapes": []}
     return {

@@ -28,7 +28,7 @@ STAGES = {
     "negative log-probability of the demonstrations' tokens; it should fall.",
     "reward_model": "Reward model: from pairs of answers of which one was preferred, a model "
     "learns to score answers. Pair accuracy is the share of pairs in which the preferred answer "
-    "scores higher; guessing gives 50 %.",
+    "scores higher; guessing gives 50%.",
     "ilql": "Offline Q-learning: from answers with scores the model learns which tokens lead to "
     "high scores (Q and V), and leaves a policy that takes them more often.",
     "custom": "A stage of the user's own. The mean loss and the rewards of sampled answers are "

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from quartet.io.texts import typed
 from quartet.runs.charts import charts
 from quartet.runs.definitions import Definition, caption, definition
 from quartet.runs.figures import finite, lines, phases, smoothed
@@ -190,6 +191,17 @@ def last_numbers(run: Run) -> dict[str, str]:
     return {label: value for label, value, _ in headline(run)}
 
 
+def standing(run: Run) -> str:
+    """Return what became of a run that is not done: its error, or how it goes on. Nothing of one
+    that is done or under way."""
+    again = f"quartet run {typed(run.path)} --resume"
+    return {
+        "failed": f"The run failed: {failure(run)}",
+        "interrupted": f"The run was stopped, and nothing is lost: {again} goes on with it.",
+        "stopped": f"Nothing was written for five minutes. If the run has ended: {again}",
+    }.get(run.status, "")
+
+
 def failure(run: Run) -> str:
     """Return the error of a run that failed; nothing of any other."""
     last = run.events[-1] if run.events else {}
@@ -225,7 +237,7 @@ def measures(name: str, before: Any, after: Any) -> tuple[str, str]:
     """Return a measure of both sides as text: in percent if it is a share, and else with as many
     decimals on either side."""
     if name in SHARES and all(isinstance(value, int | float) for value in (before, after)):
-        return f"{100 * before:.1f} %", f"{100 * after:.1f} %"
+        return f"{100 * before:.1f}%", f"{100 * after:.1f}%"
     texts = aligned([before, after])
     return texts[0], texts[1]
 

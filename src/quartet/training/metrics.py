@@ -266,7 +266,7 @@ def distinct(texts: Sequence[str]) -> float:
 
 
 def mean_and_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Return the mean and half the width of its 95 % confidence interval (normal
+    """Return the mean and half the width of its 95% confidence interval (normal
     approximation)."""
     x = torch.tensor(values, dtype=torch.float64)
     half = 1.96 * float(x.std(correction=1)) / len(values) ** 0.5 if len(values) > 1 else 0.0
