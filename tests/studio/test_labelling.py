@@ -149,7 +149,7 @@ class Server:
             stdout=subprocess.PIPE,
             text=True,
         )
-        assert "pairs on http" in self.process.stdout.readline()
+        assert re.match(r"\d+ pairs( \(\d+ shown twice\))? on http", self.process.stdout.readline())
         while True:
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port)):
                 return

@@ -165,7 +165,9 @@ def _serve(session: "LabelSession", name: str, path: Path, host: str, port: int)
     server = make_server(make_label_app(session, name, hosts, token), host, port)
     query = "" if token is None else f"?token={token}"
     count = f"{len(session.pairs):,} pair{'s' * (len(session.pairs) != 1)}"
-    console.print(f"{count} on {url_of(listener, host)}{query}  Ctrl-C ends it", soft_wrap=True)
+    again = f" ({len(session.repeated):,} shown twice)" if session.repeated else ""
+    where = f"{url_of(listener, host)}{query}"
+    console.print(f"{count}{again} on {where}  Ctrl-C ends it", soft_wrap=True)
     console.print(f"labels  {path} ({read_labels(path).sentence()})", soft_wrap=True)
     server.run(sockets=[listener])
 
