@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 _LIBRARIES = (str(Path(__file__).parent), sysconfig.get_path("stdlib"))
-_INSTALLED = ("site-packages", "dist-packages")
+_INSTALLED = ("site-packages", "dist-packages", "<frozen")
 """Where the files are, and a part of the path of those, that are not the reader's own."""
 
 
@@ -37,6 +37,26 @@ class QuartetError(Exception):
 def _is_own(file: str) -> bool:
     """Return whether a file is the reader's own, or a cell of a notebook."""
     return not file.startswith(_LIBRARIES) and not any(part in file for part in _INSTALLED)
+
+
+def error_in_words(error: Exception) -> str:
+    """Return what an exception says. An unexpected one is followed by the last line of the reader's
+    own code that it came from, if there is one."""
+    if isinstance(error, QuartetError):
+        return str(error)
+    frames = list(traceback.walk_tb(error.__traceback__))
+    if isinstance(error, NotImplementedError) and not str(error):
+        method = frames[-1][0]  # the base class's, which the reader's class does not have
+        return f"{type(method.f_locals.get('self')).__name__} has no {method.f_code.co_name}."
+    own = [
+        f"{Path(frame.f_code.co_filename).name}, line {line}"
+        for frame, line in frames
+        if _is_own(frame.f_code.co_filename)
+    ]
+    kind = type(error).__name__
+    if not str(error):
+        return f"{kind} ({own[-1]})" if own else kind
+    return f"{error} ({kind}, {own[-1]})" if own else str(error)
 
 
 class PartError(QuartetError, TypeError):

@@ -549,6 +549,9 @@ def test_torchruns_number_of_ranks_must_be_a_multiple_too_and_one_that_is_no_ran
 # --- groups ----------------------------------------------------------------------------------------------------------------
 
 
+WRONG = r"seven is no number of legs \(ValueError, test_launch.py, line \d+\)"
+
+
 class Doubles:
     """A worker, and what can go wrong with one."""
 
@@ -567,6 +570,8 @@ class Doubles:
         match kind:
             case "wrong":
                 raise ValueError("seven is no number of legs")
+            case "wordless":
+                raise MemoryError
             case "not finite":
                 raise NonFinite("the loss")
         self.free.wait()
@@ -621,10 +626,19 @@ def test_a_group_is_not_untouched_while_a_call_is_under_way(two):
 
 def test_the_rank_that_failed_is_the_cause_and_ends(two):
     group, _, following = two
-    with pytest.raises(RuntimeError, match="^rank 1: seven is no number of legs$"):
+    with pytest.raises(RuntimeError, match=rf"^rank 1: {WRONG}$"):
         group.call("fail", "wrong")
     following.join(10)
     assert not following.is_alive(), "others would wait for it in a collective"
+
+
+def test_an_error_of_another_rank_has_a_kind_and_a_place_and_its_traceback_is_logged(two, caplog):
+    group, _, following = two
+    with pytest.raises(RuntimeError, match=r"^rank 1: MemoryError \(test_launch.py, line \d+\)$"):
+        group.call("fail", "wordless")
+    following.join(10)
+    [record] = [r for r in caplog.records if r.getMessage() == "rank 1 failed"]
+    assert record.exc_info[0] is MemoryError
 
 
 def test_numbers_that_are_not_finite_end_no_rank(two):
@@ -687,7 +701,7 @@ def test_rank_zero_does_not_wait_for_a_rank_that_has_failed(two, monkeypatch):
     """As in a collective of NCCL, in which nothing says that the other has left."""
     group, *_ = two
     monkeypatch.setattr(spmd, "GRACE", 0.2)
-    with pytest.raises(RuntimeError, match="^rank 1: seven is no number of legs$"):
+    with pytest.raises(RuntimeError, match=rf"^rank 1: {WRONG}$"):
         group.call("fail_elsewhere", "wrong")  # whose own error would come after a minute
     assert not group.untouched()
     group.worker.free.set()

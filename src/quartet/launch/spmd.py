@@ -11,6 +11,7 @@ processes that rank 0 has started, it sees at once that they have ended.
 
 import contextlib
 import json
+import logging
 import time
 from collections.abc import Sequence
 from datetime import timedelta
@@ -19,11 +20,13 @@ from typing import Any
 import torch.distributed as dist
 
 from quartet.distributed.process_group import RankZeroFailed, TorchProcessGroup
-from quartet.errors import NonFinite, QuartetError
+from quartet.errors import NonFinite, QuartetError, error_in_words
 from quartet.io.threads import map_concurrently
 from quartet.launch.processes import Follower
 from quartet.launch.store import BEAT, beat_key
 from quartet.runtime.worker import WorkerLost, WorkerThread
+
+log = logging.getLogger(__name__)
 
 SILENCE = 15.0
 """Seconds without a heartbeat after which a rank is lost. A call that holds the interpreter, or a
@@ -262,10 +265,12 @@ def follow(worker: Any, store: "dist.Store", rank: int) -> bool:
         except Exception as error:
             failure = error
             answer = {
-                "error": str(error),
+                "error": error_in_words(error),
                 "by_another": by_another(error),
                 "shared": isinstance(error, NonFinite),
             }
+            if not answer["by_another"] and not answer["shared"]:
+                log.exception("rank %d failed", rank)  # rank 0 has the words, not the traceback
         store.set(f"done/{number}/{rank}", json.dumps(answer))
         if failure is not None and not isinstance(failure, NonFinite):
             return False

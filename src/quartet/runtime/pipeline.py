@@ -4,9 +4,7 @@ everything."""
 import contextlib
 import dataclasses
 import math
-import sysconfig
 import time
-import traceback
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +15,7 @@ from typing import Any
 from quartet import files
 from quartet.algorithms.policy_loss import PolicyLoss
 from quartet.config.run import KEPT_STEPS
-from quartet.errors import NonFinite, QuartetError
+from quartet.errors import NonFinite, error_in_words
 from quartet.io.activity import activity
 from quartet.io.heap import return_freed_memory
 from quartet.loops.progress import Progress
@@ -44,13 +42,6 @@ from quartet.training.checkpoints import Checkpoints
 
 EXCERPT = 300
 """Characters of a sample that a message shows."""
-NOT_THE_USERS = (
-    str(Path(__file__).parents[1]),
-    sysconfig.get_path("stdlib"),
-    "site-packages",
-    "<frozen",
-)
-"""What is in the paths of code that is not the user's."""
 
 
 @dataclass
@@ -204,7 +195,7 @@ class Pipeline:
         except WorkerLost:
             raise
         except Exception as error:
-            raise StageFailed(f"{where}: {_in_words(error)}") from error
+            raise StageFailed(f"{where}: {error_in_words(error)}") from error
 
     def _recorder(self, stage: Stage) -> StepRecorder:
         """Return the recorder of a stage's steps, which has seen those that are in the record."""
@@ -433,21 +424,3 @@ def kl_target(stage: Stage) -> float | None:
     """What the KL of an RL stage is held to, if it is."""
     controller = getattr(getattr(getattr(stage, "algorithm", None), "kl", None), "controller", None)
     return getattr(controller, "target", None)
-
-
-def _in_words(error: Exception) -> str:
-    """Return what an exception says. An unexpected one is followed by the last line of the user's
-    own code that it came from, if there is one."""
-    if isinstance(error, QuartetError):
-        return str(error)
-    frames = list(traceback.walk_tb(error.__traceback__))
-    if isinstance(error, NotImplementedError) and not str(error):
-        method = frames[-1][0]  # the base class's, which the user's class does not have
-        return f"{type(method.f_locals.get('self')).__name__} has no {method.f_code.co_name}."
-    words = str(error) or type(error).__name__
-    own = [
-        f"{Path(frame.f_code.co_filename).name}, line {line}"
-        for frame, line in frames
-        if not any(part in frame.f_code.co_filename for part in NOT_THE_USERS)
-    ]
-    return f"{words} ({type(error).__name__}, {own[-1]})" if own else words
