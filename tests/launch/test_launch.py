@@ -24,7 +24,7 @@ from quartet.config.toml import ConfigError, read_settings
 from quartet.distributed.process_group import TorchProcessGroup
 from quartet.errors import NonFinite
 from quartet.launch import spmd
-from quartet.launch.processes import Follower, wait_for
+from quartet.launch.processes import Follower, how_it_ended, wait_for
 from quartet.launch.spmd import ProcessWorkers, by_another, follow
 from quartet.launch.start import local_rank_of
 from quartet.models.language_model import ModelError
@@ -658,7 +658,9 @@ def test_a_rank_that_gives_no_sign_of_life_is_lost_and_one_that_does_is_stuck(tw
     )
     beating.start()
     with pytest.raises(
-        WorkerLost, match="rank 1 of the run was lost: alive, but not where the others waited"
+        WorkerLost,
+        match="rank 1 of the run was lost: alive, but not where the others waited for it .*"
+        r"longer than launch.deadline = 20 s, resume with a longer one\.",
     ):
         group.call("fail", "silent")
     beating.join()
@@ -686,6 +688,19 @@ def test_a_process_that_has_ended_is_lost_at_once(two, monkeypatch):
     group.followers = [Ended()]
     with pytest.raises(WorkerLost, match="rank 1 of the run was lost: its process has ended"):
         group.call("fail", "silent")
+
+
+@pytest.mark.parametrize(
+    ("code", "sentence"),
+    [
+        (-9, "by SIGKILL, which the system sends when memory runs out (then resume with a smaller"),
+        (-11, "by SIGSEGV; see run.log."),
+        (3, "with code 3; see run.log."),
+        (-99, "with code -99; see run.log."),
+    ],
+)
+def test_how_a_process_has_ended_is_said(code, sentence):
+    assert how_it_ended(code).startswith(f"its process has ended {sentence}")
 
 
 def test_a_rank_that_reports_its_error_and_ends_is_not_called_lost(two):

@@ -16,7 +16,7 @@ from typing import Any
 from quartet.config.run import Launch
 from quartet.distributed.process_group import PATIENCE
 from quartet.io.threads import WAKE_SECONDS
-from quartet.launch.spmd import by_another
+from quartet.launch.spmd import by_another, stuck_ranks
 from quartet.runtime.worker import Worker, WorkerLost
 
 ALIVE = 10.0
@@ -201,11 +201,7 @@ class RayWorkers:
                 if not by_another(cause):
                     return cause
         stuck = [rank for rank, call in enumerate(calls) if call in unfinished]
-        return (
-            WorkerLost(stuck, f"alive, but not where the others waited for it ({error}).")
-            if stuck
-            else error
-        )
+        return stuck_ranks(stuck, error, self.deadline) if stuck else error
 
     def _dead(self) -> list[int]:
         """Return the ranks that do not answer within `ALIVE` seconds."""

@@ -37,6 +37,19 @@ class Follower:
         self.process.kill()
 
 
+def how_it_ended(code: int) -> str:
+    """Return how a process has ended that should not have, by its exit code."""
+    if code == -signal.SIGKILL:
+        return (
+            "its process has ended by SIGKILL, which the system sends when memory runs out (then "
+            "resume with a smaller optim.micro_batch_tokens or fewer ranks on this machine)."
+        )
+    cause = (
+        f"by {signal.Signals(-code).name}" if -code in set(signal.Signals) else f"with code {code}"
+    )
+    return f"its process has ended {cause}; see run.log."
+
+
 def threads_of(world_size: int) -> int:
     """Return the number of threads for each of several processes on this machine: more threads than
     cores would slow all of them down."""

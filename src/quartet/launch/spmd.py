@@ -22,7 +22,7 @@ import torch.distributed as dist
 from quartet.distributed.process_group import RankZeroFailed, TorchProcessGroup
 from quartet.errors import NonFinite, QuartetError, error_in_words
 from quartet.io.threads import map_concurrently
-from quartet.launch.processes import Follower
+from quartet.launch.processes import Follower, how_it_ended
 from quartet.launch.store import BEAT, beat_key
 from quartet.runtime.worker import WorkerLost, WorkerThread
 
@@ -140,8 +140,8 @@ class ProcessWorkers:
 
     def _ended(self) -> WorkerLost | None:
         """Return which processes have ended that should not; None if there are none."""
-        ended = [f.rank for f in self.followers if f.process.poll() is not None]
-        return WorkerLost(ended, "its process has ended; see run.log.") if ended else None
+        codes = {f.rank: code for f in self.followers if (code := f.process.poll()) is not None}
+        return WorkerLost(list(codes), how_it_ended(next(iter(codes.values())))) if codes else None
 
     def silent(self) -> list[int]:
         """Return the ranks whose count of heartbeats has not changed for `SILENCE` seconds."""
@@ -189,11 +189,7 @@ class ProcessWorkers:
                 return failure
             time.sleep(0.1)
         stuck = [rank for rank in range(1, self.world_size) if self._answer(rank) is None]
-        return (
-            WorkerLost(stuck, f"alive, but not where the others waited for it ({error}).")
-            if stuck
-            else error
-        )
+        return stuck_ranks(stuck, error, self.deadline) if stuck else error
 
     def _failure(self) -> Exception | None:
         """Return the error that a rank has reported and that is its own, or the loss of ranks; None
@@ -274,6 +270,16 @@ def follow(worker: Any, store: "dist.Store", rank: int) -> bool:
         store.set(f"done/{number}/{rank}", json.dumps(answer))
         if failure is not None and not isinstance(failure, NonFinite):
             return False
+
+
+def stuck_ranks(ranks: Sequence[int], error: Exception, deadline: float) -> WorkerLost:
+    """Return the loss of ranks that are alive and did not come to a collective, whose error the
+    others have."""
+    return WorkerLost(
+        ranks,
+        f"alive, but not where the others waited for it ({error}). If its work takes longer than "
+        f"launch.deadline = {deadline:g} s, resume with a longer one.",
+    )
 
 
 def by_another(error: Exception) -> bool:
