@@ -424,6 +424,24 @@ def test_a_run_goes_on_with_another_number_of_ranks(tmp_path, alone, before, aft
 
 
 @pytest.mark.long
+@pytest.mark.parametrize(("before", "after"), [(SHARDED, ()), ((), SHARDED)])
+def test_so_does_one_of_adapters_with_a_reward_model_on_the_trunk(tmp_path, before, after):
+    """A model in parts is sampled from a copy, to which the reward model is then attached."""
+    words = [*WORDS, "policy.adapter={type='lora',rank=2}", "reward_model.lr=0.01"]
+    code, said = done(tmp_path, *words, "run.name=one")
+    assert code == 0, said
+    (aside := tmp_path / "aside").mkdir()
+    process = begun(aside, *words, "run.name=x", *before)
+    at_step(aside, process, "ppo", 3)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 75, said
+    code, said = done(aside, *words, "run.name=x", *(after or ["launch.processes=1"]), "--resume")
+    assert code == 0 and "resume ppo-00000" in said, said
+    assert_alike(metrics(aside, "x"), metrics(tmp_path, "one"), 2e-5)
+
+
+@pytest.mark.long
 def test_a_rank_that_is_killed_is_named_and_the_run_goes_on_to_the_same_bits(tmp_path):
     aside = tmp_path / "aside"
     aside.mkdir()

@@ -22,6 +22,7 @@ from quartet.models.actor_critic import Separate, Shared
 from quartet.models.adapters import (
     CRITIC,
     POLICY,
+    REFERENCE,
     REWARD,
     AdapterError,
     AdapterView,
@@ -30,6 +31,7 @@ from quartet.models.adapters import (
     adapters_of,
     add_adapter,
     copy_adapter,
+    freeze_adapter,
     freeze_layers,
     frozen_copy,
 )
@@ -40,6 +42,7 @@ from quartet.models.lora import Lora
 from quartet.models.trunk import checkpoint_blocks
 from quartet.rewards.functions import TextReward
 from quartet.rewards.protocol import Weighted
+from quartet.training.checksum import parameter_checksum
 from quartet.training.learner import Learner
 from quartet.training.optim import Optim
 from tests.support.world import model, prompts, tokenizer
@@ -70,6 +73,21 @@ def test_the_base_is_the_reference_and_an_untrained_adapter_changes_nothing(kind
     changed = adapted(kind)
     assert (masked_logprobs(changed, TOKENS, MASK) - plain).abs().max() > 0.01
     torch.testing.assert_close(masked_logprobs(AdapterView(changed, None), TOKENS, MASK), plain)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_the_parameters_of_a_view_are_those_of_the_model_and_of_its_own_adapter(kind):
+    """A reward model is attached, frozen, to the policy or to a copy of it: the reference's checksum is the same."""
+    made = adapted(kind)
+    plain = {id(p) for name, p in made.named_parameters() if "lora_" not in name}
+    before = parameter_checksum(AdapterView(made, None))
+    for name in (REWARD, REFERENCE):
+        add_adapter(made, LORA, name, seed=1)
+        freeze_adapter(made, name)
+    assert {id(p) for p in AdapterView(made, None).parameters()} == plain
+    assert parameter_checksum(AdapterView(made, None)) == before
+    own = {id(p) for p in adapter_parameters(made, REFERENCE)}
+    assert {id(p) for p in AdapterView(made, REFERENCE).parameters()} == plain | own
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])

@@ -204,8 +204,11 @@ class AdapterView:
         return self.model.get_output_embeddings()
 
     def parameters(self) -> Iterator[torch.nn.Parameter]:
-        """Return the parameters of the model that are not trained."""
-        return (p for p in self.model.parameters() if not p.requires_grad)
+        """Return the parameters that its passes read: those of the model, and of no other adapter.
+        Which others there are depends on how many ranks hold the model."""
+        others = adapters_of(self.model) - {self.adapter}
+        unread = {id(p) for name in others for p in adapter_parameters(self.model, name)}
+        return (p for p in self.model.parameters() if id(p) not in unread)
 
     def active(self) -> AbstractContextManager[None]:
         return adapter_active(self.model, self.adapter)
