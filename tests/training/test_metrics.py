@@ -38,11 +38,18 @@ def test_repetition_counts_pairs_said_before():
 
 
 def test_answers_are_counted():
-    made = response_metrics(
-        [rollout(prompts(1)[0], (5, 6), 1.0), rollout(prompts(1)[0], (5, 6, 7, 8), 2.0)]
+    looping = dataclasses.replace(
+        rollout(prompts(1)[0], (5, 5, 5, 5, 5), 2.0),
+        finish_reason="length",
+        policy_mask=(True, False, True, True, False),
     )
+    plain = rollout(prompts(1)[0], (5, 6, 7), 1.0)
+    made = response_metrics([dataclasses.replace(plain, policy_mask=(True,) * 3), looping])
     assert made["reward"] == made["reward/tiny"] == 1.5
-    assert made["response/tokens"] == 3 and made["response/ended"] == 1
+    assert made["response/tokens"] == 4 and made["response/ended"] == 0.5
+    # 4 pairs, of which 1 is different; two turns and one
+    assert made["response/repetition"] == 0.75 / 2 and made["response/turns"] == 1.5
+    assert "response/turns" not in response_metrics([plain])
 
 
 def test_where_nothing_is_rewarded_there_is_no_reward():

@@ -65,6 +65,9 @@ def test_a_schedule_falls_to_the_least_share():
     assert factors((0, 2, 4), 4, schedule="cosine", min_lr_ratio=0.1) == [1.0, 0.55, 0.1]
     # the warm-up still begins at 0
     assert factors((0, 1), 4, warmup_steps=3, min_lr_ratio=0.2) == [0.25, 0.5]
+    # and the only step after it has the whole rate; steps beyond the last one the least
+    assert factors((3, 4, 9), 4, warmup_steps=3, min_lr_ratio=0.2) == [1.0, 0.2, 0.2]
+    assert factors((3, 4), 4, warmup_steps=4, min_lr_ratio=0.2) == [0.8, 0.2]
 
 
 @pytest.mark.parametrize(
