@@ -204,6 +204,17 @@ def test_filters_renormalise_what_is_left():
         [1.0, 0.0, 0.0]
     )
     assert scaled(logits, Sampling()).softmax(-1).tolist()[0] == pytest.approx([0.5, 0.3, 0.2])
+    for sampling in (Sampling(), Sampling(temperature=0.7)):
+        assert scaled(logits.bfloat16(), sampling).dtype == torch.float32
+    # top-p keeps the token that reaches its mass, and cuts what is left of top-k
+    for both in (Sampling(top_p=0.6), Sampling(top_k=2, top_p=0.9), Sampling(top_k=3, top_p=0.79)):
+        assert scaled(logits, both).softmax(-1).tolist()[0] == pytest.approx([0.625, 0.375, 0.0])
+    assert scaled(logits, Sampling(top_k=1, top_p=0.9)).softmax(-1).tolist() == [[1.0, 0.0, 0.0]]
+    # T = ½ comes first: (25, 9, 4) / 38, of which the first alone is more than 0.6
+    cold = scaled(logits, Sampling(top_p=0.6, temperature=0.5))
+    assert cold.softmax(-1).tolist() == [[1.0, 0.0, 0.0]]
+    cold = scaled(logits, Sampling(top_k=2, temperature=0.5)).softmax(-1)
+    assert cold.tolist()[0] == pytest.approx([25 / 34, 9 / 34, 0.0])
     second = draw(logits, Sampling(top_k=2), torch.tensor([0.7]))
     assert second.tokens.item() == 1 and second.logprobs.exp().item() == pytest.approx(0.375)
 
@@ -218,7 +229,8 @@ def test_entropies_are_those_of_the_distribution_that_was_sampled(temperature):
 
 
 @pytest.mark.parametrize(
-    "sampling", [Sampling(), Sampling(temperature=0.7, top_k=5), Sampling(top_p=0.6)]
+    "sampling",
+    [Sampling(), Sampling(temperature=0.7, top_k=5, keep_mask=True), Sampling(top_p=0.6)],
 )
 @pytest.mark.parametrize("size", [3 * WIDE_BLOCK, 3 * WIDE_BLOCK + 7])
 def test_a_wide_vocabulary_is_drawn_from_in_blocks_with_the_same_answers(
@@ -236,5 +248,8 @@ def test_a_wide_vocabulary_is_drawn_from_in_blocks_with_the_same_answers(
     torch.testing.assert_close(found.logprobs[same], expected.logprobs[same], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(found.entropies, expected.entropies, atol=1e-4, rtol=1e-4)
     assert found.logprobs.isfinite().all()  # no token of probability 0
+    assert (found.kept is None) == (expected.kept is None) == (not sampling.keep_mask)
+    if sampling.keep_mask:
+        assert torch.equal(found.kept, expected.kept) and (found.kept.sum(-1) == 5).all()
     nan = draw(torch.full((2, size), torch.nan), sampling, noise[:2])
     assert (nan.tokens < size).all() and nan.logprobs.isnan().all()

@@ -69,6 +69,7 @@ def test_an_answer_ends_where_its_text_first_had_the_string_even_if_later_text_c
     stops = StopStrings(Cleaning(), (" n",))
     assert stops.length((), (0, 1, 2, 3)) == 2, "do n, and then don't go"
     assert stops.length((), (0, 3)) is None
+    assert stops.length((), (0, 1)) == 2, "by the last token of all"
 
 
 @pytest.mark.slow
