@@ -19,7 +19,7 @@ from quartet.models.forward import (
     masked_logprobs,
     policy_logprobs,
 )
-from quartet.models.heads import ScalarModel, ValueHead
+from quartet.models.heads import ScalarModel, ValueHead, initialise
 from quartet.models.language_model import ModelError, create, load_model, load_tokenizer, save
 from quartet.models.padding import response_mask, right_pad
 from quartet.models.shape import Shape
@@ -134,6 +134,14 @@ def test_a_critic_from_the_reward_model_values_the_end_as_the_reward_model_score
         torch.tensor([[5, 6, 7, 8]]), torch.tensor([[False, False, False, True]])
     )[:, 3]
     torch.testing.assert_close(after_the_last, reward_model.scores(tokens, lengths))
+
+
+def test_a_new_head_of_size_d_has_the_deviation_of_one_over_the_root_of_d_plus_1():
+    head = torch.nn.Linear(3, 40_000)
+    initialise(head, seed=0)
+    # of 120,000 numbers, whose deviation has a standard error of 0.001
+    assert head.weight.std().item() == pytest.approx(1 / 2, abs=0.005)
+    assert head.weight.mean().item() == pytest.approx(0.0, abs=0.007)
 
 
 def test_dropout_is_off_for_life():

@@ -150,6 +150,25 @@ def test_one_minibatch_is_one_step_by_hand():
         torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
 
 
+def test_a_head_on_the_actors_trunk_steps_towards_the_returns():
+    """Its values are 0 at first, so the gradient is −mean(R h), and Adam's first step lr · mean(R h) / |mean(R h)|."""
+    made = learner("shared", epochs=1, minibatches=1)
+    algorithm = ALGORITHMS["ppo"]
+    experience = algorithm.experience(made.score(rollouts(), algorithm))
+    returns, mask = experience.returns[:, 1:], experience.response_mask[:, 1:]
+    with torch.no_grad():
+        hidden = made.models.actor.base_model(input_ids=experience.tokens).last_hidden_state
+    made.update(experience, algorithm)
+    towards = (returns[..., None] * hidden[:, :-1])[mask].mean(0)
+    head = made.models.head.linear
+    clear = towards.abs() > 1e-2
+    assert clear.sum() > 16
+    torch.testing.assert_close(
+        head.weight[0, clear], 1e-3 * towards[clear].sign(), atol=2e-5, rtol=0
+    )
+    assert head.bias.item() == pytest.approx(1e-3 * returns[mask].mean().sign().item(), rel=0.02)
+
+
 def test_during_the_critics_warm_up_the_actor_stands_still():
     made = learner(critic_warmup_steps=1)
     algorithm = ALGORITHMS["ppo"]
