@@ -200,17 +200,18 @@ def test_pairs_of_next_tokens_are_ranked_where_their_returns_differ_significantl
     assert found["open"] == {**vars(wilson(2.5 / 3, 2)), "n": 3}
 
 
-def columns(first, others):
-    """The estimates of a token at each λ: of the first λ, and of all others."""
-    return np.stack([first, *[others] * (len(LAMBDAS) - 1)], axis=1)
+def columns(first, *others):
+    """The estimates of a token at each λ: of the first ones, and of all others."""
+    return np.stack([first, *others, *[others[-1]] * (len(LAMBDAS) - 1 - len(others))], axis=1)
 
 
 def test_bias_and_variance_of_advantages():
     # A* = 3 − 1 = 2 with se² 1 + 1, and 26 − 2 = 24 with se² 4 + 1.
-    near, far = around(3.0, 1.0), around(13.0, 1.0)
-    first = action(0.0, around(3.0, 1.0), True, advantages=columns(near, far))
-    near, far = around(26.0, 1.0), around(36.0, 1.0)
-    second = action(0.0, around(26.0, 2.0), True, advantages=columns(near, far))
+    # At the first λ estimates are near, at the second they vary, and at all others they are far.
+    estimates = columns(around(3.0, 1.0), around(2.0, 10.0), around(13.0, 1.0))
+    first = action(0.0, around(3.0, 1.0), True, advantages=estimates)
+    estimates = columns(around(26.0, 1.0), around(24.0, 10.0), around(36.0, 1.0))
+    second = action(0.0, around(26.0, 2.0), True, advantages=estimates)
     left_out = action(0.0, around(50.0, 1.0))
     found = numbers(
         state(0, 0, 1.0, around(1.0, 1.0), first, left_out),

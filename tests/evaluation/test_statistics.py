@@ -87,6 +87,8 @@ def test_wilsons_interval_by_hand_and_at_the_ends():
 def test_a_mean_and_its_interval_by_hand():
     # deviations −2, 0, 2: s² = 4, s / √3 = 1.1547
     assert mean([1.0, 3.0, 5.0]).low == pytest.approx(3 - 1.95996 * 1.1547, abs=1e-3)
+    # two are enough: s² = 2
+    assert mean([1.0, 3.0]).high == pytest.approx(2 + 1.95996, abs=1e-3)
 
 
 def test_one_row_has_no_interval():

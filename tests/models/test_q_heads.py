@@ -121,3 +121,18 @@ def test_a_run_without_heads_has_no_beta(tmp_path):
     (tmp_path / "q_heads" / "q_heads.safetensors").write_bytes(b"nothing")
     with pytest.raises(ModelError, match="cannot be read"):
         extracted_with(tmp_path, 1.0)
+
+
+def test_new_heads_give_0_everywhere_and_a_uniform_policy_over_the_support():
+    made = model()
+    rows = made.get_output_embeddings().weight.shape[0]
+    for size in (None, 10):
+        if size is not None:
+            made.quartet_support = size
+        heads = QHeads(made)
+        assert heads.support == (size or rows)
+        mask = torch.arange(6)[None] > 0
+        outputs = forward_positions(made, TOKENS, mask)
+        q, target, logprobs, value = heads(outputs, TOKENS[mask])
+        assert not q.any() and not target.any() and not value.any()
+        assert torch.allclose(logprobs, torch.tensor(1 / (size or rows)).log())
