@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from quartet.algorithms.advantages import Gae
 from quartet.algorithms.kl import KLInReward
 from quartet.algorithms.rewards import LastToken, RunningScale
 from quartet.evaluation import critic_samples
@@ -306,3 +307,47 @@ def test_intervals_hold_the_truth_in_19_of_20_audits():
         ):
             held[name] += interval["low"] <= truth <= interval["high"]
     assert all(180 <= count <= 199 for count in held.values()), held
+
+
+def test_a_small_audit_has_the_scores_as_returns_and_counts_what_it_sampled(learner, monkeypatch):
+    """Without a KL penalty and a discount the return from any token on is the response's score."""
+    algorithm = dataclasses.replace(
+        ALGORITHM, kl=KLInReward(coef=0.0), advantage=Gae(gamma=1.0, lam=0.95)
+    )
+    sampled, scores = [], {}
+
+    def scored(rollouts):
+        answers = reward(rollouts)
+        scores.update({(r.prompt.ids, r.response_ids): r.score for r in answers})
+        return answers
+
+    made = dataclasses.replace(audited(learner, algorithm), reward=scored)
+    generate = made.generator.generate
+
+    def counted(*arguments):
+        answers = generate(*arguments)
+        sampled.extend(len(r.response_ids) for r in answers)
+        return answers
+
+    monkeypatch.setattr(made.generator, "generate", counted)
+    sizes = AuditSizes(prefixes=2, continuations=4, seed=0)
+    found = sample(made, PROMPTS[:3], sizes, silent)
+    assert found.tokens == sum(sampled) and found.unscored == 0 and found.gamma == 1.0
+    assert len(found.states) >= 3 and {s.prompt for s in found.states} == {0, 1, 2}
+    for state in found.states:
+        prompt = prompt_of(state)
+        begun = {
+            round(s, 4)
+            for (p, ids), s in scores.items()
+            if p == prompt and ids[: state.position] == state.tokens
+        }
+        assert {round(float(g), 4) for g in state.returns} <= begun
+        assert [action.is_sampled for action in state.actions][:2] in ([True], [True, False])
+        for action in state.actions:
+            # A = G − V at λ = 1, and r + γ V′ − V at λ = 0
+            assert np.allclose(action.advantages[:, -1], action.returns - state.value, atol=1e-5)
+            assert np.allclose(action.advantages[0, 0], action.critic - state.value, atol=1e-5)
+            if action.ends:
+                whole = scores[prompt, (*state.tokens, action.token)]
+                assert action.returns == pytest.approx([whole], abs=1e-5)
+                assert action.critic == pytest.approx(whole, abs=1e-5)

@@ -24,6 +24,7 @@ from quartet.evaluation.statistics import (
     length_controlled,
     mean,
     perplexity,
+    share_or_mean,
     sign_test,
     wilson,
 )
@@ -89,6 +90,12 @@ def test_a_mean_and_its_interval_by_hand():
     assert mean([1.0, 3.0, 5.0]).low == pytest.approx(3 - 1.95996 * 1.1547, abs=1e-3)
     # two are enough: s² = 2
     assert mean([1.0, 3.0]).high == pytest.approx(2 + 1.95996, abs=1e-3)
+
+
+def test_zeros_and_ones_are_a_share_and_other_numbers_a_mean():
+    assert share_or_mean([0.0, 1.0, 1.0, 0.0]) == wilson(0.5, 4)
+    assert share_or_mean([0.0, 0.0]) == wilson(0.0, 2)
+    assert share_or_mean([0.0, 1.0, 0.5]) == mean([0.0, 1.0, 0.5])
 
 
 def test_one_row_has_no_interval():
