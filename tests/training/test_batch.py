@@ -13,7 +13,7 @@ FULL = {
     "logprobs": (-1.0, -2.0, -3.0),
     "entropies": (0.1, 0.2, 0.3),
     "token_scores": (1.0, 2.0, 3.0),
-    "state_values": (0.5, None),
+    "state_values": (0.5, 0.9, None),
     "greedy_score": 0.25,
 }
 TURNS = dataclasses.replace(
@@ -47,7 +47,7 @@ def test_numbers_of_tokens_are_at_the_tokens_of_the_policy():
         expected = torch.tensor([[0, 0, a, 0, b], [0, c, 0, 0, 0]])
         assert torch.equal(getattr(batch, name), expected)
     assert batch.greedy_scores.tolist() == [0.25, 0.5]
-    # One value for each token of the policy, NaN where no continuation was sampled.
+    # NaN where no continuation was sampled
     values = batch.state_values
     assert values[0, 2] == 0.5 and math.isnan(values[0, 4]) and values[1].tolist()[:2] == [0, 0.75]
 

@@ -140,6 +140,7 @@ def test_within_groups_rewards_are_relative_to_their_mean():
     found = [earned_correlation(batch, experience, update, within) for within in (True, False)]
     assert found == pytest.approx([2 / math.sqrt(10 * 2), 2 / math.sqrt(110 * 2)])
     assert correlation([1.0, 1.0], [0.0, 1.0]) == 0.0
+    assert correlation([0.0, 0.01], [0.0, 0.01]) == pytest.approx(1.0), "of any scale"
 
 
 def test_the_most_common_response_is_counted_once_for_a_prompt():

@@ -50,7 +50,8 @@ def collate(rollouts: Sequence[Rollout], device: torch.device | None = None) -> 
             lambda scores: torch.tensor(scores, dtype=torch.float32, device=device),
         ),
         state_values=_if_complete(
-            [_numbers(r.state_values) for r in rollouts], lambda rows: spread(rows, mask)
+            [_on_policy_tokens(_numbers(r.state_values), r) for r in rollouts],
+            lambda rows: spread(rows, mask),
         ),
         kept=KeptIds.of(rollouts, tokens.shape[1]),
     )
