@@ -3,7 +3,7 @@
 import pytest
 
 from quartet.config.read_by import CHANGES_NOTHING_LEARNT, READ_BY, ROLES, roles_that_read
-from quartet.config.suggestions import _keys as _known_keys
+from quartet.config.suggestions import keys_of
 from quartet.config.tables import Config
 from quartet.config.toml import ConfigError, settings_of_table
 
@@ -33,7 +33,7 @@ def config(recipe: str) -> Config:
 
 
 def test_the_table_names_keys_and_roles_that_there_are():
-    known = set(_known_keys(Config))
+    known = set(keys_of(Config))
     assert set(READ_BY) <= known and known >= CHANGES_NOTHING_LEARNT
     assert all(roles is None or roles <= ROLES for roles in READ_BY.values())
 
