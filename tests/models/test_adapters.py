@@ -13,6 +13,7 @@ from transformers import (
 
 from quartet.algorithms.presets import ALGORITHMS
 from quartet.data.sampler import Sampler
+from quartet.errors import StateMisfit
 from quartet.generation.decoders import RowDecoder, make_decoder
 from quartet.generation.native import NativeGenerator
 from quartet.generation.sampling import Sampling
@@ -42,7 +43,7 @@ from quartet.models.lora import Lora
 from quartet.models.trunk import checkpoint_blocks
 from quartet.rewards.functions import TextReward
 from quartet.rewards.protocol import Weighted
-from quartet.training.checksum import parameter_checksum
+from quartet.training.checksum import ReferenceChecksum, parameter_checksum
 from quartet.training.learner import Learner
 from quartet.training.optim import Optim
 from tests.support.world import model, prompts, tokenizer
@@ -88,6 +89,24 @@ def test_the_parameters_of_a_view_are_those_of_the_model_and_of_its_own_adapter(
     assert parameter_checksum(AdapterView(made, None)) == before
     own = {id(p) for p in adapter_parameters(made, REFERENCE)}
     assert {id(p) for p in AdapterView(made, REFERENCE).parameters()} == plain | own
+
+
+def test_a_checkpoint_whose_reference_counts_other_frozen_adapters_is_read():
+    """Versions up to 0.2.0 wrote such. Another base is refused with both."""
+    made = adapted()
+    add_adapter(made, LORA, REWARD, seed=1)
+    freeze_adapter(made, REWARD)
+    earlier = sum(
+        int(p.view(torch.int32).sum(dtype=torch.int64))
+        for p in made.parameters()
+        if not p.requires_grad
+    )
+    checksum = ReferenceChecksum(AdapterView(made, None))
+    assert checksum.value != earlier
+    checksum.load_state(earlier)
+    checksum.load_state(checksum.value)
+    with pytest.raises(StateMisfit, match="the reference is not the model that the run began"):
+        checksum.load_state(earlier + 1)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])

@@ -1,5 +1,6 @@
 """A number that shows whether the weights of a model have changed."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ import torch
 from quartet.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from quartet.distributed.sharding import is_first_replica, is_sharded, local_tensor
 from quartet.errors import StateMisfit
+from quartet.models.adapters import AdapterView
 from quartet.tensors import Int, Tensor
 
 PIECE = 2**16
@@ -34,12 +36,20 @@ class ReferenceChecksum:
 
     def load_state(self, state: object) -> None:
         """Raises `StateMisfit` where the checkpoint is one of a run with another reference."""
-        if self.value != state:
+        if self.value != state and self._with_other_adapters() != state:
             raise StateMisfit(
                 "the reference is not the model that the run began with",
                 "put back the model of reference.model or, without that key, the one that the "
                 "policy starts from",
             )
+
+    def _with_other_adapters(self) -> int | None:
+        """Return the checksum as versions up to 0.2.0 computed it: of a model under an adapter, it
+        counts every adapter that is frozen. Every rank must call it."""
+        if not isinstance(self.reference, AdapterView):
+            return self.value
+        frozen = [p for p in self.reference.model.parameters() if not p.requires_grad]
+        return _checksum(frozen, self.process_group)
 
 
 @torch.no_grad()
@@ -49,9 +59,13 @@ def parameter_checksum(model: Any, process_group: ProcessGroup = SINGLE_PROCESS)
     It is the same for sharded and for whole weights, and any change of one parameter changes it
     almost surely. Every rank must call it.
     """
+    return _checksum(model.parameters(), process_group)
+
+
+def _checksum(parameters: Iterable[Tensor], process_group: ProcessGroup) -> int:
+    held = list(parameters)
     whole, parts = (
-        _sum([_bits(p) for p in model.parameters() if is_sharded(p) == kind])
-        for kind in (False, True)
+        _sum([_bits(p) for p in held if is_sharded(p) == kind]) for kind in (False, True)
     )
     process_group.all_reduce(parts)  # whole parameters are the same on every rank
     return int(whole) + int(parts)
