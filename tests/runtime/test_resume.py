@@ -111,6 +111,20 @@ def test_the_last_few_and_the_best_are_kept(tmp_path):
     assert made.newest_first()[0].name == "ppo-000005", "a later stage is newer, whatever its step"
 
 
+def test_a_checkpoint_that_a_kill_left_goes_when_the_run_goes_on(tmp_path):
+    """Killed after the last checkpoint of a stage and before an older one was deleted: no later one would have done it."""
+    stages = {"ppo": 0, "evaluation": 1}
+    for step in range(6):
+        Checkpoints(tmp_path, stages, keep_last=9).write("ppo", step, {}, {})
+    made = Checkpoints(tmp_path, stages, keep_last=2)
+    made.remove_superfluous("ppo-000004")
+    names = [p.name for p in made.newest_first()]
+    assert names == ["ppo-000005", "ppo-000004", "ppo-000003", "ppo-000000"], "5 may be damaged"
+    made.write("evaluation", 0, {}, {})
+    made.remove_superfluous("evaluation-000000")
+    assert [p.name for p in made.newest_first()] == ["evaluation-000000", "ppo-000005", "ppo-000004", "ppo-000000"]  # fmt: skip
+
+
 def test_the_newest_is_chosen_and_a_run_that_is_done_has_nothing_to_skip(checkpointed):
     found = chosen(checkpointed)
     assert found.checkpoint.name == "evaluation-000000" and not found.skipped and not found.accepted

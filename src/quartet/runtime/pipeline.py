@@ -121,6 +121,7 @@ class Pipeline:
                 last_rollouts = max(step, first) if number == place else one.num_steps
         seconds = self._seconds_of(since.name)
         self.folder.cut_back(since.facts["events"]["size"], last_rollouts)
+        self.checkpoints.remove_superfluous(since.name)
         if step:
             self.folder.event("checkpoint", stage, step, name=since.name, seconds=seconds)
 

@@ -37,13 +37,22 @@ class Checkpoints:
             self.folder / f"{stage}-{step:06d}", state, {"stage": stage, "step": step, **facts}
         )
         if step:
-            for folder in self.superfluous():
-                remove_folder(folder)
+            self.remove_superfluous()
         return path
 
-    def superfluous(self) -> list[Path]:
-        """Return the checkpoints with weights, except the last `keep_last` and the best."""
-        full = [path for path in self.newest_first() if not path.name.endswith("-000000")]
+    def remove_superfluous(self, since: str | None = None) -> None:
+        """Delete the checkpoints that are no longer needed. A run that goes on from the checkpoint
+        `since` deletes what a kill left: newer ones, which may be damaged, do not count."""
+        for folder in self.superfluous(since):
+            remove_folder(folder)
+
+    def superfluous(self, since: str | None = None) -> list[Path]:
+        """Return the checkpoints with weights, except the last `keep_last` and the best. Those that
+        are newer than `since` are passed over."""
+        paths = self.newest_first()
+        if since is not None:
+            paths = paths[[path.name for path in paths].index(since) :]
+        full = [path for path in paths if not path.name.endswith("-000000")]
         measured = [path for path in full if merit(path) is not None]
         best = (
             max(measured, key=lambda path: merit(path) or 0.0, default=None)
