@@ -284,7 +284,10 @@ def test_rollouts_of_any_stage_that_samples_stay_behind_it(at, step, kept, first
     )
     pipeline = Pipeline.__new__(Pipeline)
     pipeline.stages, pipeline.folder = stages, folder
-    pipeline.checkpoints = SimpleNamespace(stages={s.name: i for i, s in enumerate(stages)})
+    left = []
+    pipeline.checkpoints = SimpleNamespace(
+        stages={s.name: i for i, s in enumerate(stages)}, remove_superfluous=left.append
+    )
     facts = {"stage": at, "step": step, "events": {"size": 0}}
     pipeline.cut_back(Checkpoint(Path("x"), facts, {}, frozenset()))
-    assert found == [kept]
+    assert found == [kept] and left == ["x"], "what a kill left of older checkpoints goes"
