@@ -80,6 +80,12 @@ def encodable(value):
     return value
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    """Also for what a module's fixtures compute: with another number of threads the bits differ."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def _nothing_left_to_chance() -> None:
     torch.manual_seed(0)

@@ -96,7 +96,7 @@ def test_a_label_is_a_comparison_and_what_prefers_none_is_left_out_and_counted(l
         ("labels.jsonl:9", "question 0", "good 0", "bad 0"),
         ("labels.jsonl:2", "question 1", "good 1", "bad 1"),
     ]
-    said = "labels.jsonl: 3 comparisons of labels; left out: 1 ties, 1 both bad, 1 skipped, 1 repeated, 1 undone."
+    said = "labels.jsonl: 3 comparisons; left out: 1 ties, 1 both bad, 1 skipped, 1 repeated, 1 undone."
     summary = report(path, {})
     assert (
         summary.rows == 3 and summary.shapes == {"comparisons": 3} and summary.findings[0] == said
@@ -107,7 +107,7 @@ def test_a_file_without_a_preference_says_so(log, path):
     log.add(label("0", PAIRS[0], "tie"))
     with pytest.raises(
         DataError,
-        match=r"labels.jsonl: no label prefers an answer \(0 comparisons of labels; left out: 1 ties\)",
+        match=r"labels.jsonl: no label prefers an answer \(0 comparisons; left out: 1 ties\)",
     ):
         list(rows(path))
 

@@ -461,6 +461,16 @@ def test_a_gpu_that_torch_cannot_use_is_spoken_of(monkeypatch, tmp_path):
     assert notes("run.device=cpu") == []
 
 
+def test_a_run_says_which_attention_its_torch_lacks(monkeypatch):
+    monkeypatch.setattr(
+        "quartet.assembly.models.why_padded", lambda device, dtype: f"{device}, {dtype}: padded"
+    )
+    config = read_settings(
+        recipe_path("reviews"), ("data.rows=8", "data.held_out_rows=8"), "reviews"
+    ).config
+    assert "cpu, torch.float32: padded" in build(config).notes
+
+
 def decoded(steps=14):
     """The logits of some steps: of nine rows, and then of two."""
     torch.manual_seed(0)

@@ -122,7 +122,7 @@ class Labels:
         out = [f"{kinds[name]} {name}" for name in names if kinds[name]]
         out += [f"{len(self.undone)} undone"] * bool(self.undone)
         out += [f"line {number} torn by a kill" for number in self.torn]
-        words = f"{count:,} comparison{'s' * (count != 1)} of labels"
+        words = f"{count:,} comparison{'s' * (count != 1)}"
         return words + (f"; left out: {', '.join(out)}" if out else "")
 
 
